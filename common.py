@@ -1,0 +1,621 @@
+"""The engine under the four papers: flags, processes, optimizer, schedule, checkpoints, logs, run directories.
+
+Nothing here knows a model. A model file brings a dataclass, a network and a visible training loop; this file brings what
+a fifth paper would use unchanged.
+
+Reading map: errors | flags from the dataclass | device, dtype, processes | optimizer and schedule | weights | run
+directory and checkpoints | log | pictures and tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: `run_main` prints the message, which says what to do next, and exits with 2."""
+
+
+def run_main(main) -> None:
+    """Call main(); a UserError becomes its message and exit status 2, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags. Each field of the config dataclass is a flag, its comment is the help text.
+
+
+@dataclass
+class RunConfig:
+    """What every model file's Config starts with: what to run, on what, and where to put it."""
+
+    # --- what to run
+    data: str = "scenes"  # scenes | coco | flickr30k | flickr8k | own data: a .jsonl or .csv file, or a folder
+    root: str = ""  # directory of the data set; default data/NAME
+    task: str = "pretrain"  # what to train; the tasks of a paper are in its file
+    preset: str = ""  # tiny | small | base; default tiny for scenes, small for flickr8k and own data, base otherwise
+    init: str = "none"  # start from the weights of a run directory (or one of its step_N), or none
+    resume: str = ""  # go on with a run: RUN or RUN/step_N; all other settings come from it
+    out: str = ""  # run directory; default runs/<model>-<data>[-<task>], with the next free suffix
+    seed: int = 0  # of initialisation, data order and augmentation
+    # --- the small world
+    world: str = "tiny"  # tiny: 4 shapes x 6 colours x 2 sizes, 1-3 objects | full: everything, and panels
+    train_scenes: int = 20000  # scenes in the training split
+    test_scenes: int = 500  # scenes in each test split
+    # --- machine
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "auto"  # auto: bf16 on GPUs that have it, float32 elsewhere | float32 | bf16
+    compile: bool = False  # torch.compile the model
+    workers: int = -1  # loader processes; -1: one less than this process's share of the cores, at most 8
+    micro_batch: int = 0  # pairs per forward pass and process; 0: no accumulation
+    # --- log and checkpoints
+    log_every: int = 50  # steps between log lines
+    eval_every: int = 0  # steps between evaluations on val and checkpoints; 0: five times in a run
+    val_items: int = 200  # items of val that are looked at during training; the end looks at all of test
+
+
+def field_comments(config_class) -> dict[str, str]:
+    """Field name -> the comment behind it in the source."""
+    found = {}
+    for base in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(base):
+            for line in inspect.getsource(base).splitlines():
+                match = re.match(r"    (\w+): [^#]*?#\s*(.+)", line)
+                if match:
+                    found[match[1]] = re.sub(r"HERE\[[\w-]+\]( \(.*?\))?:?\s*", "", match[2]).strip()
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def parse_flags(config_class, argv: list[str], prog: str, extra: dict[str, dict] | None = None):
+    """argv -> (flags given, {name: value}; values of `extra` flags as a namespace).
+
+    extra: argparse keywords of flags that are commands rather than settings (`--caption`). An unknown flag raises
+    UserError naming the nearest one; hyphens and underscores are the same.
+    """
+    comments = field_comments(config_class)
+    parser = Parser(prog=prog, allow_abbrev=False, usage=f"{prog} [--flag value ...]", argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(config_class):
+        flag = "--" + field.name.replace("_", "-")
+        help_text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            parser.add_argument(flag, type=type(field.default), metavar=type(field.default).__name__, help=help_text)
+    for name, keywords in (extra or {}).items():
+        parser.add_argument("--" + name, **keywords)
+    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), word) for word in argv]
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [option for action in parser._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else " (--help lists every flag)"
+        raise UserError(f"unknown flag {unknown[0]}{hint}")
+    given = vars(known)
+    commands = argparse.Namespace(**{name: given.pop(name, None) for name in extra or {}})
+    return given, commands
+
+
+def choose(name: str, value, choices) -> None:
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"--{name} {value}: it is one of {', '.join(map(str, choices))}{hint}")
+
+
+def default_preset(data_name: str) -> str:
+    """tiny for scenes, small for what a laptop holds, base for the rest."""
+    own = data_name.endswith((".jsonl", ".csv")) or Path(data_name).is_dir()
+    return "tiny" if data_name == "scenes" else "small" if data_name in ("flickr8k", "nlvr1") or own else "base"
+
+
+def build_config(config_class, given: dict, presets: dict, recipes: dict, architecture: dict | None = None):
+    """dataclass < preset < recipe of (task, preset[, data]) < architecture of --init < flags."""
+    data_name = given.get("data", config_class.data)
+    task = given.get("task", config_class.task)
+    preset = given.get("preset") or default_preset(data_name)
+    choose("preset", preset, list(presets))
+    values = {**presets[preset]}
+    for key in ((task, preset), (task, preset, data_name)):
+        values.update(recipes.get(key, {}))
+    if "steps" in given and "epochs" in given:
+        raise UserError("--steps and --epochs contradict each other: give one of them")
+    if "epochs" in given:
+        values["steps"] = 0
+    return config_class(**{**values, **(architecture or {}), **given, "preset": preset})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, dtype, processes
+
+
+@dataclass
+class Machine:
+    """Where this process runs: device, autocast dtype, its rank among `world` processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world: int
+    workers: int
+    reason: str  # why this device and dtype, for the log
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def start_machine(cfg: RunConfig) -> Machine:
+    """Choose device and dtype once, join the other processes if torchrun started any, seed everything."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    choose("device", cfg.device.split(":")[0], ["auto", "cpu", "cuda", "mps"])
+    choose("dtype", cfg.dtype, ["auto", "float32", "bf16"])
+    if cfg.device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = {"cuda": "a GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[name]
+    else:
+        name, why = cfg.device, "--device"
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise UserError("--device mps, but torch sees no Apple GPU: use --device cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if cfg.dtype == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype, why2 = (torch.bfloat16, "it has bf16") if bf16 else (torch.float32, "default")
+    else:
+        dtype, why2 = {"float32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], "--dtype"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # this process's share
+    if world > 1:
+        torch.set_num_threads(cores)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    workers = cfg.workers if cfg.workers >= 0 else min(8, cores - 1)
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    reason = f"{device.type} ({why}), {str(dtype).removeprefix('torch.')} ({why2}), {world} process(es), {workers} workers"
+    return Machine(device, dtype, rank, world, workers, reason)
+
+
+def sum_over_processes(value: float, device) -> float:
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def share_from_main(value):
+    """The first process's value, on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def unwrap(model):
+    """The network itself, without DistributedDataParallel's or torch.compile's shell."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
+
+
+def spread(model, cfg: RunConfig, machine: Machine):
+    """The model as the loop calls it: compiled if asked for, wrapped where there are several processes."""
+    if cfg.compile:
+        model = torch.compile(model)
+    if machine.world > 1:
+        ids = [machine.device.index] if machine.device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def adamw(model, lr_of, weight_decay: float, betas=(0.9, 0.98)) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter, each in exactly one group of (peak rate, decay).
+
+    lr_of(name) -> peak learning rate. Matrices decay; norms, biases, embeddings and position tables do not.
+    """
+    groups: dict[tuple, list] = {}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in trainable:
+        decays = p.ndim >= 2 and id(p) not in embeddings and "position" not in name
+        groups.setdefault((lr_of(name), weight_decay if decays else 0.0), []).append(p)
+    assert sum(map(len, groups.values())) == len(trainable) == len({id(p) for _, p in trainable})
+    settings = [dict(params=ps, lr=lr, peak=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
+    # fused: one kernel for all parameters; on a small CPU model it took a third off the whole step
+    return torch.optim.AdamW(settings, betas=betas, eps=1e-8, fused=True)
+
+
+def linear_schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate at `step` (0-based): linear rise over the first `warmup` share, then linear to 0."""
+    rise = max(1, int(warmup * steps))
+    return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights from elsewhere
+
+
+def read_weights(source: str) -> tuple[dict, dict]:
+    """(config.json, state dict) of a transformers checkpoint: a local directory or a hub id.
+
+    Reads model.safetensors, else pytorch_model.bin with weights_only, so that a file can never run code.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            folder = Path(hf_hub_download(source, "config.json")).parent
+            try:
+                hf_hub_download(source, "model.safetensors")
+            except Exception:  # many older repositories hold only the pickle
+                hf_hub_download(source, "pytorch_model.bin")
+        except Exception as error:
+            raise UserError(
+                f"cannot fetch {source} from the hub ({type(error).__name__}). Give a local directory that holds "
+                "config.json and model.safetensors, or `none` to start from random weights"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: give a directory as transformers' save_pretrained writes it")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return config, read_tensors(folder / name)
+    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin (shards are not read: merge them)")
+
+
+def read_tensors(path: Path) -> dict:
+    """A flat state dict from .safetensors, or from a torch file with weights_only."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run") from error
+
+
+def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], what: str, may_lack: str = "") -> None:
+    """Fill `module` from official `state`: names maps our key -> their key, or a list of keys to concatenate.
+
+    Every key must be used once, or start with an entry of `not_used`; every parameter of ours must be filled, save those
+    whose name contains `may_lack`. Otherwise UserError with the lists, and nothing is changed.
+    """
+    wanted = [key for theirs in names.values() for key in ([theirs] if isinstance(theirs, str) else theirs)]
+    ours = module.state_dict()
+    missing = [key for key in wanted if key not in state]
+    left_over = [key for key in state if key not in set(wanted) and not key.startswith(not_used)]
+    unfilled = [key for key in ours if key not in names and not (may_lack and may_lack in key)]
+    if missing or left_over or unfilled:
+        lists = [("missing in the file", missing), ("unknown in the file", left_over), ("not filled here", unfilled)]
+        told = "; ".join(f"{title}: {', '.join(keys[:5])} ({len(keys)} in all)" for title, keys in lists if keys)
+        raise UserError(f"these weights are not {what} of this size and form. {told}")
+    new = {k: state[t] if isinstance(t, str) else torch.cat([state[x] for x in t]) for k, t in names.items()}
+    wrong = [f"{k}: {tuple(new[k].shape)} in the file, {tuple(ours[k].shape)} here" for k in new if new[k].shape != ours[k].shape]
+    if wrong:
+        raise UserError(f"{what} weights of other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+    module.load_state_dict(new, strict=not may_lack)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directory and checkpoints
+
+
+class Run:
+    """runs/<model>-<data>[-<task>]: config.json, log.jsonl, step_N/, links `last` and `best`, metrics.json, pictures."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, model_name: str, cfg: RunConfig, machine: Machine, main_task: str = "pretrain") -> Run:
+        """A fresh directory. --out that already holds a run is an error; a default name takes the next free suffix."""
+        if not machine.is_main:  # the first process names the directory, the others hear of it
+            return cls(share_from_main(None))
+        if cfg.out:
+            path = Path(cfg.out)
+            if (path / "config.json").exists():
+                raise UserError(f"{path} already holds a run: go on with it by --resume {path}, or give another --out")
+        else:
+            # HERE: own data gives the run its file's name
+            name = f"{model_name}-{Path(cfg.data).stem}" + ("" if cfg.task == main_task else f"-{cfg.task}")
+            path, n = Path("runs") / name, 2
+            while path.exists():
+                path, n = Path("runs") / f"{name}-{n}", n + 1
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", {"model": model_name, **dataclasses.asdict(cfg)})
+        return cls(share_from_main(path))
+
+    def save(self, step: int, model, tokenizer, optimizer, meta: dict, is_best: bool) -> None:
+        """Write step_N completely under another name, rename it, then move the links; older ones than `best` go."""
+        from safetensors.torch import save_file
+
+        final, temporary = self.path / f"step_{step}", self.path / f"step_{step}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in unwrap(model).state_dict().items()}
+        save_file(tensors, temporary / "model.safetensors")
+        tokenizer.save(temporary)
+        rng = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
+        write_json(temporary / "meta.json", {"step": step, **meta})
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        for link in ["last", "best"] if is_best else ["last"]:
+            fresh = self.path / f"{link}.tmp"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(final.name)
+            os.replace(fresh, self.path / link)
+        kept = {(self.path / link).resolve().name for link in ("last", "best")}
+        for old in self.path.glob("step_*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+    def log(self, record: dict) -> None:
+        with (self.path / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def find_checkpoint(source: str, model_name: str, prefer: str = "best") -> tuple[Path, dict]:
+    """RUN or RUN/step_N -> (directory of the checkpoint, the run's config as a dict). RUN means RUN/`prefer`."""
+    path = Path(source)
+    step = next((p for p in (path, path / prefer, path / "last") if (p / "model.safetensors").exists()), None)
+    if step is None:
+        raise UserError(f"{source} is not a run directory with a checkpoint in it (step_N/model.safetensors)")
+    step = step.resolve()
+    if not (step.parent / "config.json").exists():
+        raise UserError(f"{step.parent} has no config.json, so the sizes of {step.name} are unknown")
+    values = json.loads((step.parent / "config.json").read_text())
+    if values.get("model") != model_name:
+        raise UserError(f"{source} is a run of {values.get('model')}.py, not of {model_name}.py")
+    return step, values
+
+
+def load_training_state(checkpoint: Path, optimizer) -> tuple[int, float]:
+    """Optimizer and random state of a checkpoint -> (its step, best validation score so far)."""
+    state = read_tensors(checkpoint / "state.pt")
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"]["torch"])
+    if "cuda" in state["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    return meta["step"], meta["best"]
+
+
+def load_model_weights(model, checkpoint: Path) -> None:
+    """model.safetensors of a checkpoint into a network of the same sizes; UserError names the first differences."""
+    try:
+        model.load_state_dict(read_tensors(checkpoint / "model.safetensors"))
+    except RuntimeError as error:
+        told = str(error).splitlines()[1:4]
+        raise UserError(f"{checkpoint} holds another network than the flags describe:\n" + "\n".join(told)) from error
+
+
+def config_from(config_class, values: dict):
+    """A config from a run's config.json; entries that this version does not know are left out."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{k: v for k, v in values.items() if k in names})
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def versions() -> dict:
+    import torchvision
+    import transformers
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def describe_device(machine: Machine) -> str:
+    if machine.device.type == "cuda":
+        return f"{machine.world} x {torch.cuda.get_device_name(machine.device)}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{machine.device.type}, {cores} cores, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log
+
+# dense bf16 peaks of the data sheets, FLOP/s; MFU is 0 where the GPU is not listed
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class Logger:
+    """One line per `log_every` steps, the same as JSONL, and a progress bar where a terminal looks on."""
+
+    def __init__(self, run: Run | None, machine: Machine, steps: int, every: int, start: int = 0):
+        self.run, self.machine, self.steps, self.every = run, machine, steps, every
+        self.bar, self.flops_per_item = None, 0.0
+        self.clear(start)
+        if machine.is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def clear(self, step: int):
+        self.since, self.first, self.items, self.waited = time.perf_counter(), step, 0, 0.0
+
+    @contextmanager
+    def waiting(self):
+        """Around whatever waits for data."""
+        t = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - t
+
+    @contextmanager
+    def pause(self):
+        """Around evaluation and saving, which are no training time."""
+        t = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - t
+
+    def step(self, step: int, losses: dict[str, torch.Tensor], lr: float, norm, items: int) -> None:
+        """After optimizer step number `step` (1-based) on `items` samples over all processes."""
+        self.items += items
+        if self.bar:
+            self.bar.update()
+        if step % self.every and step != self.steps:
+            return
+        if self.machine.device.type == "cuda":
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            memory = peak_memory_gib()
+        seconds = max(1e-9, time.perf_counter() - self.since)
+        name = torch.cuda.get_device_name() if self.machine.device.type == "cuda" else ""
+        peak = next((flops for gpu, flops in PEAKS.items() if gpu in name), 0.0) * self.machine.world
+        record = {
+            "step": step, **{k: round(float(v), 4) for k, v in losses.items()}, "lr": lr, "grad_norm": round(float(norm), 3),
+            "samples_per_s": round(self.items / seconds, 1),
+            "mfu": round(self.flops_per_item * self.items / seconds / peak, 4) if peak else 0,
+            "data_wait": round(self.waited / seconds, 4), "memory_gib": round(memory, 2),
+            "eta_s": round((self.steps - step) * seconds / max(1, step - self.first)),
+        }  # fmt: skip
+        if self.machine.is_main:
+            if self.run:
+                self.run.log(record)
+            shown = "  ".join(f"{k} {record[k]:.3f}" for k in losses)
+            self.say(
+                f"step {step:>5}/{self.steps}  {shown}  lr {lr:.1e}  norm {record['grad_norm']:.2f}  "
+                f"{record['samples_per_s']:.0f} samples/s  mfu {record['mfu']:.2f}  wait {record['data_wait']:.0%}  "
+                f"mem {memory:.1f}G  eta {record['eta_s'] // 60}:{record['eta_s'] % 60:02d}"
+            )
+        self.clear(step)
+
+    def say(self, text: str) -> None:
+        if self.machine.is_main:
+            self.bar.write(text) if self.bar else print(text, flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and tables
+
+
+def contact_sheet(path: Path, pictures: list, texts: list[str], columns: int = 4, side: int = 200) -> None:
+    """Write a grid of PIL pictures, each `side` pixels wide, with its text wrapped underneath."""
+    import textwrap
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(13)
+    lines = [[part for line in text.split("\n") for part in textwrap.wrap(line, side // 7) or [""]] for text in texts]
+    gap, line_height = 12, 17
+    text_height = line_height * max(map(len, lines)) + 6
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, wrapped) in enumerate(zip(pictures, lines, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text_height + gap)
+        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        for j, line in enumerate(wrapped):
+            draw.text((x, y + side + 5 + j * line_height), line, fill="black", font=font)
+    sheet.save(path)
+
+
+def curves(path: Path, log: Path) -> str:
+    """Draw every loss and val metric of log.jsonl; returns what to tell the user (matplotlib is optional)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no curves.png: matplotlib is not installed"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    quiet = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}
+    names = list(dict.fromkeys(k for r in records for k in r if k not in quiet))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return str(path)
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """{column title: {row name: number}} as aligned text; a missing number is a dash."""
+    rows = list(dict.fromkeys(name for column in columns.values() for name in column))
+    width = max(map(len, rows)) + 2
+    lines = [" " * width + "".join(f"{title:>20}" for title in columns)]
+    for row in rows:
+        cells = "".join(f"{column[row]:>20.3f}" if row in column else f"{'-':>20}" for column in columns.values())
+        lines.append(f"{row:<{width}}" + cells)
+    return "\n".join(lines)

@@ -1,0 +1,485 @@
+"""Metrics, decoding and evaluators: what a fifth paper would use unchanged. Nothing here knows a model.
+
+    tokenizer          tokenize_caption: PTB-like rules, no Java
+    BLEU               bleu, bleu_per_image: corpus BLEU-1..4, closest reference length
+    ROUGE-L            rouge_l
+    CIDEr-D            CiderD: corpus scores, rewards of one image, one caption against every image
+    captions           caption_metrics: the above from raw strings
+    truth on scenes    truth_metrics: how many captions are true, and of how many scenes
+    controls           shuffled, best_constant_caption
+    decoding           beam_search, greedy, sample, over any object with `step` and `reorder`
+    evaluators         caption_split: decode a split, exactly once per image, on any number of processes
+
+BLEU, ROUGE-L and CIDEr-D re-state the definitions of coco-caption (pycocoevalcap) and agree with it to 1e-6 on equal
+tokens; the class `Cider` there is CIDEr-D. All values are fractions but CIDEr-D, where 1.0 is what papers print as 100.
+Throughout, `hyps` holds one caption per image id and `refs` several; tokens may be any hashables (words, token ids).
+"""
+
+import math
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from common import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A blank goes in front of a clitic (dog|'s, do|n't) and inside a few spoken forms that the Penn Treebank splits.
+_SPLIT = re.compile(r"(?<=\w)(?=(?:n't|'(?:s|re|ve|ll|d|m))\b)|(?<=\bcan)(?=not\b)|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
+_TOKEN = re.compile(
+    r"(?<![\w.])(?:[a-z]\.)+(?!\w)"  # u.s.  a.m.  b.
+    r"|\b(?:mr|mrs|ms|dr|jr|sr|st|ave|blvd|rd|mt|ft|vs|etc|inc|co|corp|ltd|bros|gen|col|capt|lt|sgt|rev|prof"
+    r"|jan|feb|aug|sept|oct|nov|dec|e\.g|i\.e|ph\.d)\.(?!\w)|\bno\.(?=\ \d)"  # other full stops are dropped
+    r"|'\d\ds?\b|'(?:s|re|ve|ll|d|m|em|n'|n)\b|'n'|n't\b"  # clitics, '90s
+    r"|\d+\ \d+/\d+"  # 1 1/2 is one token
+    r"|\w+(?:(?:[-'./@]|(?<=\d)[,:](?=\d))\w+)*"  # close-up, o'clock, black/white, 10:30, 1,000
+    r"|[()\[\]{}]|[!?]{2,}|[^\w\s.?!,:;'`\"-]"  # brackets; symbols such as & % $ stand alone
+)
+# The official evaluation drops "-LRB-" from text that it has just lower-cased, so the bracket tokens stay.
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": " ", "–": "-", "—": "-"})
+
+
+def tokenize_caption(text):
+    """Raw caption -> list of lower-case words, close to coco-caption's PTB tokenizer without its punctuation.
+
+    Rules, not the Java program: equal on more than 99.9 % of COCO captions, good for training and development; reported
+    numbers should come from the official tokenizer, and say so.
+    """
+    text = _SPLIT.sub(" ", text.lower().replace("&amp;", "&").translate(_PLAIN))
+    return [_BRACKETS.get(token, token).replace(" ", "\xa0") for token in _TOKEN.findall(text)]
+
+
+def _same_images(hyps, refs):
+    """The ids, in the references' order: sums do not depend on the order in which processes delivered captions."""
+    missing, extra = [i for i in refs if i not in hyps], [i for i in hyps if i not in refs]
+    if missing or extra:
+        raise UserError(f"captions and references must be of the same images: {len(missing)} of {len(refs)} images have "
+                        f"no caption (first {missing[:3]}), {len(extra)} captions have no references (first {extra[:3]})")
+    if not refs:
+        raise UserError("there are no captions to score: the split is empty")
+    return list(refs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BLEU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _ngram_counts(tokens):
+    return Counter(tuple(tokens[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(tokens) - n + 1))
+
+
+def _bleu_counts(hyp, refs):
+    """[10]: length, reference length, then clipped matches and guesses of the four orders."""
+    most = Counter()
+    for ref in refs:
+        most |= _ngram_counts(ref)  # union of counters = maximum over references
+    matches = [0] * 4
+    for gram, count in _ngram_counts(hyp).items():
+        matches[len(gram) - 1] += min(count, most[gram])
+    closest = min((abs(len(ref) - len(hyp)), len(ref)) for ref in refs)[1]  # ties: the shorter reference
+    return np.array([len(hyp), closest, *matches, *(max(0, len(hyp) - n) for n in range(4))], dtype=float)
+
+
+def _bleu_values(counts):
+    hyp_len, ref_len, matches, guesses = counts[0], counts[1], counts[2:6], counts[6:]
+    # BLEU-n = BP (prod_{k<=n} matches_k / guesses_k)^(1/n); the tiny numbers are coco-caption's, against 0/0
+    precisions = np.cumprod((matches + 1e-15) / (guesses + 1e-9)) ** (1 / np.arange(1, 5))
+    ratio = (hyp_len + 1e-15) / (ref_len + 1e-9)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    return {f"BLEU_{n + 1}": float(brevity * precisions[n]) for n in range(4)}
+
+
+def bleu(hyps, refs):
+    """Corpus BLEU_1..BLEU_4 of tokenized captions: counts are summed over images before anything is divided."""
+    return _bleu_values(sum(_bleu_counts(hyps[i], refs[i]) for i in _same_images(hyps, refs)))
+
+
+def bleu_per_image(hyps, refs):
+    """id -> BLEU_1..BLEU_4 of that image alone. Their mean is not the corpus value."""
+    return {i: _bleu_values(_bleu_counts(hyps[i], refs[i])) for i in _same_images(hyps, refs)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ROUGE-L
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _lcs(a, b):
+    """Length of the longest common subsequence, a row of the table at a time as the bits of an integer
+    (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"): a zero bit is a step up in the row."""
+    places = {}
+    for i, token in enumerate(a):
+        places[token] = places.get(token, 0) | 1 << i
+    full = row = (1 << len(a)) - 1
+    for token in b:
+        met = row & places.get(token, 0)
+        row = ((row + met) | (row - met)) & full
+    return len(a) - row.bit_count()
+
+
+def rouge_l(hyps, refs, beta=1.2):
+    """(mean over images, dict id -> ROUGE-L). Precision and recall take their maxima over references separately, as
+    coco-caption does; beta 1.2 is its constant."""
+    values = {}
+    for i in _same_images(hyps, refs):
+        hyp = hyps[i]
+        common = [(_lcs(hyp, ref), len(ref)) for ref in refs[i]]
+        p = max(length for length, _ in common) / max(1, len(hyp))
+        r = max(length / max(1, ref_len) for length, ref_len in common)
+        values[i] = (1 + beta**2) * p * r / (r + beta**2 * p) if p and r else 0.0
+    return sum(values.values()) / len(values), values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIDEr-D
+# ---------------------------------------------------------------------------------------------------------------------
+
+_KEY = 2**31  # an n-gram's key: id of its first n - 1 tokens * _KEY + id of its last token
+_END = np.iinfo(np.int64).max  # closes every sorted table, so that a search always lands on an element
+
+
+def _ranges(start, count):
+    """Concatenated ranges start[k] .. start[k] + count[k]: (k of every element, the element)."""
+    owner = np.repeat(np.arange(len(count)), count)
+    return owner, np.arange(len(owner)) + np.repeat(start - np.cumsum(count) + count, count)
+
+
+def _find(table, keys):
+    """Positions of `keys` in a sorted table that ends with _END, and whether each is there."""
+    at = np.searchsorted(table, keys)
+    return at, table[at] == keys
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015) against references that are prepared once; 1.0 is what papers print as 100.
+
+    refs: dict id -> list of token lists. The default document frequency of an n-gram is the number of these images that
+    have it in any reference. `document_frequency` (dict n-gram tuple -> count) with `num_images` replaces it (the
+    frequencies of a training set, for instance); n-grams unknown there count as df 1.
+
+    Of one image alone every score is 0 (log 1 = 0): never build it from a mini-batch; build it from the whole split and
+    ask `score_many` for the rewards.
+
+    All captions live in flat arrays, an n-gram is an integer, and the tf-idf vectors of all references of one order n are
+    one sorted array of (reference, n-gram) pairs with their weights: five times the speed of dictionaries and a fraction
+    of their memory.
+    """
+
+    SIGMA = 6.0  # words; of the length factor, as in coco-caption
+
+    def __init__(self, refs, document_frequency=None, num_images=None):
+        if not refs or not all(len(group) for group in refs.values()):
+            empty = [i for i, group in refs.items() if not len(group)]
+            raise UserError(f"CIDEr-D needs at least one reference per image; without any: {empty[:3] or 'no image at all'}")
+        if (document_frequency is None) != (num_images is None):
+            raise UserError("document_frequency and num_images belong together: give both or neither")
+        count = np.array([len(group) for group in refs.values()])
+        self.first = dict(zip(refs, np.cumsum(count) - count, strict=True))  # id -> its first reference
+        self.count = dict(zip(refs, count, strict=True))
+        self.image = np.repeat(np.arange(len(refs)), count)  # [R] image of each reference
+        texts = [ref for group in refs.values() for ref in group]
+        R = len(texts)
+        self.lengths = np.array([max(0, len(text) - 1) for text in texts])  # in bigrams, as in coco-caption
+        self.log_images = math.log(len(refs) if num_images is None else num_images)
+        # Given frequencies enter as texts of their own behind the references, so that their n-grams get ids too.
+        given = {} if document_frequency is None else document_frequency
+        given_df = np.fromiter(given.values(), dtype=float, count=len(given))
+        given_n = np.array([len(gram) for gram in given], dtype=int)
+        self.vocab, self.orders = {}, []
+        for n, (text, gram, keys) in enumerate(self._ngrams(texts + list(given), learn=True)):
+            G = len(keys)
+            if given:
+                df = np.zeros(G)
+                whole = text >= R
+                whole[whole] = given_n[text[whole] - R] == n + 1  # prefixes of a listed n-gram are not listed by it
+                df[gram[whole]] = given_df[text[whole] - R]
+                text, gram = text[text < R], gram[text < R]
+            pairs, tf = np.unique(text * G + gram, return_counts=True)
+            text, gram = np.divmod(pairs, G)
+            if not given:
+                df = np.bincount(np.unique(self.image[text] * G + gram) % G, minlength=G)
+            idf = self.log_images - np.log(np.maximum(1.0, df))
+            weights = tf * idf[gram]
+            norms = np.sqrt(np.bincount(text, weights**2, minlength=R))
+            self.orders.append((keys, idf, np.append(pairs, _END), np.append(weights, 0.0), norms))
+
+    def _ngrams(self, texts, learn=False):
+        """Yields, per order 1..4, (text index, n-gram id) of every occurrence and the table of known keys. Ids from
+        len(table) on are n-grams that no reference has."""
+        lengths = np.array([len(text) for text in texts])
+        vocab = self.vocab  # grows with the hypotheses: a new word's id simply is in no table
+        tokens = np.fromiter((vocab.setdefault(w, len(vocab)) for t in texts for w in t), np.int64, int(lengths.sum()))
+        text = np.repeat(np.arange(len(texts)), lengths)
+        gram = np.zeros(len(tokens), dtype=np.int64)  # id of the n-gram that starts here; of order 0 there is one
+        for n in range(4):
+            starts = np.flatnonzero(text[n:] == text[: len(text) - n])
+            keys, inverse = np.unique(gram[starts] * _KEY + tokens[starts + n], return_inverse=True)
+            if learn:
+                table, ids = np.append(keys, _END), inverse
+            else:
+                table = self.orders[n][0]
+                at, known = _find(table, keys)
+                ids = np.where(known, at, len(table) + np.arange(len(keys)))[inverse]
+            yield text[starts], ids, table
+            gram[starts] = ids
+
+    def _vectors(self, texts):
+        """Yields, per order, the tf-idf vectors of new texts (text, n-gram, tf, weight; known n-grams only) and the norms
+        over all their n-grams, unknown ones included."""
+        for (text, gram, table), (_, idf, *_) in zip(self._ngrams(texts), self.orders, strict=True):
+            G = len(table) + len(gram) + 1
+            pairs, tf = np.unique(text * G + gram, return_counts=True)
+            text, gram = np.divmod(pairs, G)
+            known = gram < len(table)
+            weights = tf * self.log_images
+            weights[known] = tf[known] * idf[gram[known]]
+            norms = np.sqrt(np.bincount(text, weights**2, minlength=len(texts)))
+            yield text[known], gram[known], tf[known], weights[known], norms
+
+    def _length_factor(self, texts, refs):
+        return np.exp(-((texts - self.lengths[refs]) ** 2) / (2 * self.SIGMA**2))
+
+    def _score(self, texts, ids):
+        """[H] CIDEr-D of texts[k] against the references of image ids[k]."""
+        start, count = np.array([self.first[i] for i in ids]), np.array([self.count[i] for i in ids])
+        text_of, ref_of = _ranges(start, count)  # [P] all pairs of a text and a reference of its image
+        first_pair = np.cumsum(count) - count
+        similarity = np.zeros(len(text_of))
+        for (text, gram, _, weight, norm), (keys, _, pairs, ref_weight, ref_norm) in zip(
+            self._vectors(texts), self.orders, strict=True
+        ):
+            element, pair = _ranges(first_pair[text], count[text])
+            at, found = _find(pairs, ref_of[pair] * len(keys) + gram[element])
+            element, pair, r = element[found], pair[found], ref_weight[at[found]]
+            # sum_g min(h_g, r_g) r_g / (|h| |r|); a vector of norm 0 has no product to divide
+            dot = np.bincount(pair, np.minimum(weight[element], r) * r, minlength=len(text_of))
+            norms = norm[text_of] * ref_norm[ref_of]
+            similarity += dot / np.where(norms > 0, norms, 1.0)
+        lengths = np.array([max(0, len(text) - 1) for text in texts])
+        similarity *= self._length_factor(lengths[text_of], ref_of)
+        return 10 / 4 * np.bincount(text_of, similarity, minlength=len(texts)) / count
+
+    def score(self, hyps):
+        """hyps: dict id -> token list, of any of the prepared images. Returns (mean, dict id -> CIDEr-D)."""
+        unknown = [i for i in hyps if i not in self.first]
+        if unknown or not hyps:
+            raise UserError(f"CIDEr-D: no references for images {unknown[:3]}" if hyps else "CIDEr-D: no captions to score")
+        values = self._score(list(hyps.values()), list(hyps))
+        return float(values.mean()), dict(zip(hyps, values.tolist(), strict=True))
+
+    def score_many(self, image_id, hyps):
+        """[len(hyps)] CIDEr-D of several captions of one image: the rewards of self-critical training."""
+        return self._score(hyps, [image_id] * len(hyps))
+
+    def score_everywhere(self, texts):
+        """[H] mean CIDEr-D over all images when every image gets the text.
+
+        The part of one n-gram depends on nothing but the n-gram, its count and the length of the text; texts share those,
+        so each such triple walks once through the references that have the n-gram (an inverted index).
+        """
+        share = 1 / np.bincount(self.image)[self.image] / (self.image[-1] + 1)  # [R] of a reference in the result
+        lengths = np.array([max(0, len(text) - 1) for text in texts])
+        total = np.zeros(len(texts))
+        for (text, gram, tf, weight, norm), (keys, _, pairs, ref_weight, ref_norm) in zip(
+            self._vectors(texts), self.orders, strict=True
+        ):
+            ref, ref_gram = np.divmod(pairs[:-1], len(keys))
+            order = np.argsort(ref_gram, kind="stable")
+            ref, ref_weight = ref[order], ref_weight[:-1][order]
+            posted = np.bincount(ref_gram, minlength=len(keys))
+            first = np.cumsum(posted) - posted
+            triples, sample, inverse = np.unique(
+                np.stack([gram, tf, lengths[text]]), axis=1, return_index=True, return_inverse=True
+            )
+            part = np.zeros(triples.shape[1])
+            walked = np.cumsum(posted[triples[0]])
+            cuts = np.searchsorted(walked, np.arange(0, walked[-1] if len(walked) else 0, 2**22))  # bounds the memory
+            for lo, hi in zip(cuts, [*cuts[1:], len(part)], strict=True):
+                k, at = _ranges(first[triples[0, lo:hi]], posted[triples[0, lo:hi]])
+                r, h = ref[at], weight[sample[lo:hi]][k]
+                value = np.minimum(h, ref_weight[at]) * ref_weight[at] / np.where(ref_norm[r] > 0, ref_norm[r], 1.0)
+                value *= self._length_factor(triples[2, lo:hi][k], r) * share[r]
+                part[lo:hi] = np.bincount(k, value, minlength=hi - lo)
+            total += np.bincount(text, part[inverse.ravel()], minlength=len(texts)) / np.where(norm > 0, norm, 1.0)
+        return 10 / 4 * total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def caption_metrics(hyps, refs):
+    """Raw strings in (hyps: dict id -> caption, refs: dict id -> captions of the same images), fractions out: BLEU_1..4,
+    ROUGE_L, CIDEr_D (1.0 = "100"), by this file's tokenizer and with document frequencies from `refs`."""
+    ids = _same_images(hyps, refs)
+    hyps = {i: tokenize_caption(hyps[i]) for i in ids}
+    refs = {i: [tokenize_caption(ref) for ref in refs[i]] for i in ids}
+    return {**bleu(hyps, refs), "ROUGE_L": rouge_l(hyps, refs)[0], "CIDEr_D": CiderD(refs).score(hyps)[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# truth on scenes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def truth_metrics(hyps, scenes_by_id):
+    """Exact judgement of captions of scenes. hyps: dict id -> caption; scenes_by_id: dict id -> scenes.Scene.
+
+    caption_true        share of captions that are true of their own scene (unknown and unparsable are not true)
+    caption_unparsable  share of captions outside the grammar
+    caption_generality  mean over captions of the share of all these scenes that the caption is true of: "there is an
+                        object" is always true and says nothing
+    """
+    from scenes import Truth, is_true
+
+    ids = _same_images(hyps, scenes_by_id)
+    true_of = {}  # caption -> the scenes it is true of; None: not parsable. A model repeats itself, so once per caption.
+    for caption in dict.fromkeys(hyps[i] for i in ids):
+        if is_true(caption, scenes_by_id[ids[0]]) is Truth.UNPARSABLE:  # a matter of the sentence, not of the scene
+            true_of[caption] = None
+        else:
+            true_of[caption] = {i for i in ids if is_true(caption, scenes_by_id[i]) is Truth.TRUE}
+    of = {i: true_of[hyps[i]] for i in ids}
+    return {
+        "caption_true": sum(i in (of[i] or ()) for i in ids) / len(ids),
+        "caption_unparsable": sum(of[i] is None for i in ids) / len(ids),
+        "caption_generality": sum(len(of[i] or ()) for i in ids) / len(ids) ** 2,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# controls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shuffled(ids, seed=0):
+    """A permutation of distinct ids without fixed points (one id alone stays where it is): one cycle in random order.
+
+    For the shuffled-images control. A caption depends on its image alone, so the caption of image p(i) scored against the
+    references of image i is what the model would have got from permuted images, and costs no decoding:
+    `caption_metrics({i: hyps[p] for i, p in zip(ids, shuffled(ids))}, refs)`.
+    """
+    cycle = random.Random(seed).sample(range(len(ids)), len(ids))
+    follower = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+    return [ids[follower[k]] for k in range(len(ids))]
+
+
+def best_constant_caption(train_captions, val_refs, limit=None):
+    """The training caption with the highest mean CIDEr-D over the val images when every image gets it.
+
+    val_refs: dict id -> captions. All distinct captions are tried, or the first `limit`; the first of equals wins.
+    """
+    candidates = list(dict.fromkeys(train_captions))[:limit]
+    if not candidates:
+        raise UserError("best_constant_caption: no training captions")
+    scorer = CiderD({i: [tokenize_caption(ref) for ref in refs] for i, refs in val_refs.items()})
+    return candidates[int(np.argmax(scorer.score_everywhere([tokenize_caption(c) for c in candidates])))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+# ---------------------------------------------------------------------------------------------------------------------
+# A decoder is any object, made for R = B * beam rows (image-major), with
+#   step(ids: LongTensor [R, t]) -> logits [R, V] of the next token; ids holds everything so far, bos first, so that a
+#                                   decoder with a cache reads the last column only
+#   reorder(rows: LongTensor [R]) -> None; the caches follow: row r now continues what row rows[r] was. Rows never leave
+#                                   the block of their image, so memories that depend on the image alone may stay.
+
+
+@torch.no_grad()
+def beam_search(decoder, B, beam, bos, eos, max_new, alpha=1.0, device="cpu"):
+    """(ids LongTensor [B, max_new] without bos, filled with eos after the end; scores [B] = sum log p / length^alpha).
+
+    The length counts eos. At the first step one beam counts, the others being copies. At every step an image keeps its
+    best `beam - finished` continuations by summed log p, eos among them; one that ends is finished and gives its slot up.
+    An image stops when no beam lives, or when its best finished score is at least the bound of its best live beam: sum
+    / max_new^alpha, since log p only falls and a longer caption only divides by more. What lives after max_new tokens
+    counts as finished with that length. Beam 1 is greedy decoding. All images and beams move together.
+    """
+    if alpha < 0 or beam < 1 or max_new < 1:
+        raise UserError(f"beam_search needs alpha >= 0, beam >= 1 and max_new >= 1, not {alpha}, {beam}, {max_new}")
+    dead = -math.inf
+    ids = torch.full((B * beam, 1), bos, dtype=torch.long, device=device)
+    sums = torch.full((B, beam), dead, device=device)
+    sums[:, 0] = 0
+    room = torch.full((B, 1), beam, device=device)
+    slots = torch.arange(beam, device=device)
+    blocks = torch.arange(B, device=device)[:, None] * beam
+    best, best_ids = torch.full((B,), dead, device=device), torch.full((B, max_new), eos, device=device)
+    for t in range(1, max_new + 1):
+        log_p = decoder.step(ids).float().log_softmax(-1)
+        V = log_p.size(-1)
+        sums, choice = (sums[:, :, None] + log_p.view(B, beam, V)).view(B, beam * V).topk(beam)  # best first
+        sums = sums.masked_fill(slots >= room, dead)
+        rows, token = (blocks + choice // V).view(-1), choice % V
+        if beam > 1:
+            decoder.reorder(rows)
+        ids = torch.cat([ids[rows], token.view(-1, 1)], dim=1)
+        ended = sums > dead
+        if t < max_new:
+            ended &= token == eos
+        score, slot = (sums / t**alpha).masked_fill(~ended, dead).max(dim=1)
+        better = score > best
+        best = torch.where(better, score, best)
+        best_ids[better, :t] = ids.view(B, beam, t + 1)[better, slot[better], 1:]
+        room -= ended.sum(dim=1, keepdim=True)
+        sums = sums.masked_fill(ended, dead)
+        sums = sums.masked_fill((best >= sums.amax(dim=1) / max_new**alpha)[:, None], dead)
+        if not (sums > dead).any():
+            break
+    return best_ids, best
+
+
+def greedy(decoder, B, bos, eos, max_new, device="cpu"):
+    """The most probable token at every step: (ids [B, max_new] filled with eos after the end, summed log p [B])."""
+    return beam_search(decoder, B, 1, bos, eos, max_new, alpha=0.0, device=device)
+
+
+@torch.no_grad()
+def sample(decoder, B, bos, eos, max_new, generator, temperature=1.0):
+    """Multinomial samples, one per row, on the generator's device: (ids [B, max_new] filled with eos after the end, log p
+    [B] under the tempered distribution, summed up to and including eos)."""
+    ids = torch.full((B, 1), bos, dtype=torch.long, device=generator.device)
+    total = torch.zeros(B, device=generator.device)
+    is_live = torch.ones(B, dtype=torch.bool, device=generator.device)
+    for _ in range(max_new):
+        log_p = (decoder.step(ids).float() / temperature).log_softmax(-1)
+        token = torch.multinomial(log_p.exp(), 1, generator=generator)
+        total += log_p.gather(1, token)[:, 0].masked_fill(~is_live, 0.0)
+        token = token.masked_fill(~is_live[:, None], eos)
+        is_live &= token[:, 0] != eos
+        ids = torch.cat([ids, token], dim=1)
+        if not is_live.any():
+            break
+    return F.pad(ids[:, 1:], (0, max_new + 1 - ids.size(1)), value=eos), total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def caption_split(decode, loader):
+    """dict image_id -> caption of a whole split, the same on every process.
+
+    decode: pixels uint8 [B, 3, S, S] -> B captions. loader: batches with "image_id" (list of B) and "pixels". Each process
+    brings its own share of the images; the set is exact, since a picture that a sampler padded with has its id only once.
+    """
+    captions = {}
+    for batch in loader:
+        captions.update(zip(batch["image_id"], decode(batch["pixels"]), strict=True))
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, captions)
+        captions = {i: caption for share in shares for i, caption in share.items()}
+    return captions

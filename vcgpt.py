@@ -1,0 +1,835 @@
+"""VC-GPT: captioning by letting a vision network and a language model vote (Luo, Xi, Zhang, Ma, arXiv 2201.12723).
+
+GPT-2 has no place where a picture could enter. The obvious repair opens every block and inserts cross-attention
+(`--variant vanilla`), which disturbs what GPT-2 knows about language. The paper leaves both pre-trained networks whole
+and puts a new fusion module on top of them: its visual stream refines the picture's tokens, its text stream reads
+GPT-2's hidden states and looks at the visual stream. Then two heads speak about the next word, GPT-2's own and the
+fusion module's, and their logits are simply added. That sum is the "self-ensemble": the language head keeps the
+sentence fluent from the first step on, so the fusion module only has to learn what the picture adds.
+
+    picture ──> CLIP-ViT ── V0 ──> [self-attention, FFN] x N ────────────────┐ keys and values, layer by layer
+                                                                             v
+    caption ──> GPT-2 ───── h^G ─> [causal self-attention, cross-attention, FFN] x N ──> h^fuse
+                             │                                                             │
+                             └──── W^G h^G ───────────── + ───────────── W^fuse h^fuse ────┘ = next-word logits
+
+    python vcgpt.py                                   the small world, about 3 minutes on 2 CPU cores: DEFAULT_RESULT
+    python vcgpt.py --data my_photos.jsonl            own photographs, trained from scratch
+    python vcgpt.py --caption a.jpg --init RUN        a caption for a picture
+    torchrun --nproc_per_node=8 vcgpt.py --data coco --task caption
+
+Reading map: Config, presets, recipes | blocks | CLIP-ViT | GPT-2 | fusion and self-ensemble | loss | decoding |
+official weights | optimizer, training loop | evaluation | main. Marks: `# PAPER` what the paper says, `# HERE[id]` what
+we do and why (the id is a row of docs/divergences.md). The authors have published no code; every setting that the
+paper leaves open is our choice and says so.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import corpora
+import data
+import eval as scoring
+from common import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config. Every field is a flag; its comment is the flag's help. HERE: open parameters are our choice.
+
+
+@dataclass
+class Config(common.RunConfig):
+    # --- method
+    variant: str = "vcgpt"  # vcgpt | vcgpt_wo_se (fusion head alone) | vanilla (cross-attention inside GPT-2)
+    fusion_layers: int = 6  # N. HERE[vcgpt-1] (not in the paper): the depth of METER's fusion
+    memory: str = "A"  # HERE[vcgpt-2]: text layer i reads visual layer i (A, the figure taken literally) or the last (B)
+    clip_post_norm: bool = False  # HERE[vcgpt-3] (not in the paper): apply CLIP's final LayerNorm to all visual tokens
+    # --- vision tower (HERE[vcgpt-4] (not in the paper): ViT-B/16 at 224 px, GPT-2's width, so that nothing is projected)
+    clip: str = "none"  # weights of the tower: a hub id, a directory, or none
+    image_size: int = 224  # pixels; pictures are padded to a square of this side
+    patch: int = 16  # pixels per visual token
+    stem: str = "patch"  # patch (CLIP) | conv: HERE[vcgpt-5] (ours) stride-2 3x3 convolutions, learns from few pictures
+    vision_width: int = 768  # width of the tower
+    vision_layers: int = 12  # depth of the tower
+    vision_heads: int = 12  # heads of the tower
+    vision_mlp: int = 0  # width inside its MLPs; 0: 4 x vision_width
+    vision_act: str = "quick_gelu"  # quick_gelu (CLIP) | gelu
+    # --- language model (HERE[vcgpt-6] (not in the paper): GPT-2 small)
+    gpt2: str = "none"  # weights of GPT-2: a hub id, a directory, or none
+    tokenizer: str = "none"  # hub id or directory; none: GPT-2's where --gpt2 is given, else one trained on the captions
+    vocab_size: int = 50257  # upper bound where the tokenizer is trained here
+    width: int = 768  # width of GPT-2 and of the fusion module
+    layers: int = 12  # depth of GPT-2
+    heads: int = 12  # heads of GPT-2 and of the fusion module
+    mlp: int = 0  # width inside the MLPs of both; 0: 4 x width
+    positions: int = 1024  # longest text that GPT-2 has positions for
+    dropout: float = 0.1  # HERE[vcgpt-7] (not in the paper): on embeddings and residual branches of GPT-2 and fusion
+    init_std: float = 0.02  # standard deviation of new weights, GPT-2's
+    # --- recipe (HERE[vcgpt-8] (not in the paper): all of it)
+    batch: int = 512  # picture-caption pairs per step, over all processes
+    captions_per_image: int = 5  # captions per picture and step; the picture is encoded once for all of them
+    epochs: float = 10.0  # passes over the pictures, where --steps is 0
+    steps: int = 0  # optimizer steps; 0: from --epochs
+    lr: float = 1e-4  # peak learning rate of new parameters
+    lr_backbone: float = 2e-5  # peak learning rate of pre-trained parameters: they start from more than noise
+    warmup: float = 0.05  # share of the steps in which the rate rises linearly; then it falls linearly to 0
+    weight_decay: float = 0.01  # on matrices; not on norms, biases, embeddings
+    beta2: float = 0.98  # AdamW's second moment; the first is 0.9
+    grad_clip: float = 1.0  # largest gradient norm
+    label_smoothing: float = 0.0  # 0.1 in fine-tuning
+    lm_steps: int = 0  # HERE[vcgpt-9] (ours): text-only steps of GPT-2 first, where there are no weights to start from
+    augment: str = "none"  # none | crop | crop+flip (never where a caption says left or right)
+    max_len: int = 40  # tokens per caption
+    # --- decoding (HERE[vcgpt-10] (not in the paper): usual on COCO)
+    beam: int = 5  # width of the beam search of the final evaluation and of --caption; validation is greedy
+    max_new: int = 20  # longest generated caption, in tokens, end token included
+    length_penalty: float = 1.0  # alpha: score = sum of log p / length^alpha
+
+
+PRESETS = {
+    # HERE[vcgpt-11] (ours): tiny learns the small world from nothing in three minutes on two cores.
+    "tiny": dict(
+        image_size=64, stem="conv", patch=8, vision_width=128, vision_layers=2, vision_heads=4, width=128, layers=2,
+        heads=4, fusion_layers=2, positions=64, vocab_size=2000, dropout=0.0, batch=320, steps=600, lr=1e-3,
+        lr_backbone=1e-3, max_len=30, max_new=30, beam=1,
+    ),
+    # HERE[vcgpt-12] (ours): small learns from a few thousand photographs, from nothing.
+    "small": dict(
+        image_size=128, stem="conv", patch=16, vision_width=192, vision_layers=2, vision_heads=6, width=192, layers=2,
+        heads=6, fusion_layers=2, positions=64, vocab_size=4000, dropout=0.1, batch=160, epochs=20.0, lr=1e-3,
+        lr_backbone=1e-3, weight_decay=0.05, augment="crop+flip", max_len=40, max_new=20, beam=3,
+    ),
+    "base": dict(clip="openai/clip-vit-base-patch16", gpt2="gpt2"),
+}  # fmt: skip
+
+RECIPES = {
+    # Pre-training keeps the fields above: they are written for Visual Genome.
+    "pretrain": {},
+    # HERE[vcgpt-8]: fine-tuning on COCO or Flickr30k, base preset only; tiny and small keep their own numbers.
+    "caption": dict(
+        batch=256, epochs=10.0, lr=5e-5, lr_backbone=1e-5, label_smoothing=0.1, max_len=30,
+    ),
+}  # fmt: skip
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures, 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks. One alphabet: B pictures, R text rows (k captions for each picture: R = B * k), T text tokens, N visual tokens,
+# D width, H heads, V vocabulary.
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_new": gelu_tanh}
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention. `cache`, a dict, keeps keys and values of earlier tokens between calls."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, causal=False, cache=None):
+        R, T, D = x.size()  # rows, tokens, width
+        q, k, v = self.qkv(x).view(R, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [R, H, T, D/H]
+        if cache is not None:
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache["k"], cache["v"] = k, v
+        # Captions are padded on the right, so a causal mask already hides every padded key from every real token:
+        # no second mask, and the fast attention kernels stay in reach. One new token sees all that is cached.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1)
+        return self.out(x.transpose(1, 2).reshape(R, T, D))
+
+
+class CrossAttention(nn.Module):
+    """Attention from text to visual tokens. Keys and values are made once per picture (`project`)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def project(self, memory):
+        B, N, D = memory.size()  # pictures, visual tokens, width
+        return self.kv(memory).view(B, N, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [2, B, H, N, D/H]
+
+    def forward(self, x, kv):
+        R, T, D = x.size()  # text rows, tokens, width; R = k * B: the k rows of a picture follow one another,
+        B = kv.size(1)  # so they can stand side by side as queries of one picture, and nothing is repeated.
+        q = self.q(x).view(B, R // B * T, self.heads, D // self.heads).transpose(1, 2)  # [B, H, kT, D/H]
+        x = F.scaled_dot_product_attention(q, kv[0], kv[1])
+        return self.out(x.transpose(1, 2).reshape(R, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int, act: str):
+        super().__init__()
+        self.act = ACTIVATIONS[act]
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention if asked for, MLP. The block of all three networks.
+
+    norm_memory: a LayerNorm on the visual tokens before they serve as keys and values (fusion: yes; vanilla: no, as in
+    transformers' GPT-2 with `add_cross_attention`).
+    """
+
+    def __init__(self, width, heads, mlp, act, dropout=0.0, causal=False, cross=False, norm_memory=False):
+        super().__init__()
+        self.causal = causal
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp or 4 * width, act)
+        if cross:
+            self.norm_cross = nn.LayerNorm(width)
+            self.cross = CrossAttention(width, heads)
+            self.norm_memory = nn.LayerNorm(width) if norm_memory else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def keys_values(self, memory):
+        return self.cross.project(self.norm_memory(memory))
+
+    def forward(self, x, kv=None, cache=None):
+        x = x + self.dropout(self.attn(self.norm1(x), self.causal, cache))
+        if kv is not None:
+            x = x + self.dropout(self.cross(self.norm_cross(x), kv))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two backbones
+
+
+class ConvStem(nn.Sequential):
+    """Pixels to a grid of visual tokens by stride-2 3x3 convolutions, one halving for each factor 2 in `patch`."""
+
+    def __init__(self, patch: int, width: int):
+        halvings = int(math.log2(patch))
+        widths = [3] + [max(32, width >> (halvings - 1 - i)) for i in range(halvings - 1)] + [width]
+        layers = []
+        for i in range(halvings):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1))
+
+
+class CLIPVision(nn.Module):
+    """CLIP's vision tower: patches and a class token to one vector each.
+
+    forward: pixels [B, 3, S, S], normalised -> [B, 1 + (S/patch)^2, D], the raw output of the last block, before CLIP's
+    final LayerNorm (`post_norm` is loaded always and applied only where `clip_post_norm` says so).
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.patch, self.apply_post_norm = cfg.patch, cfg.clip_post_norm
+        D, grid = cfg.vision_width, cfg.image_size // cfg.patch
+        self.class_embedding = nn.Parameter(torch.zeros(D))
+        if cfg.stem == "conv":
+            self.patches = ConvStem(cfg.patch, D)
+        else:
+            self.patches = nn.Conv2d(3, D, cfg.patch, stride=cfg.patch, bias=False)
+        self.positions = nn.Parameter(torch.zeros(1 + grid * grid, D))
+        self.pre_norm = nn.LayerNorm(D)
+        self.blocks = nn.ModuleList(
+            Block(D, cfg.vision_heads, cfg.vision_mlp, cfg.vision_act) for _ in range(cfg.vision_layers)
+        )
+        self.post_norm = nn.LayerNorm(D).requires_grad_(cfg.clip_post_norm)
+
+    def position_table(self, grid: int):
+        """[1 + grid^2, D]: the learned table, bicubically resized for pictures of another size; [CLS] keeps its row."""
+        if grid * grid == len(self.positions) - 1:
+            return self.positions
+        side = math.isqrt(len(self.positions) - 1)
+        table = self.positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2)
+        table = F.interpolate(table.float(), size=(grid, grid), mode="bicubic", align_corners=False)
+        return torch.cat([self.positions[:1], table.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(self.positions)])
+
+    def forward(self, pixels):
+        x = self.patches(pixels)  # [B, D, grid, grid]
+        B, D, grid, _ = x.size()  # pictures, width, patches per side
+        x = torch.cat([self.class_embedding.expand(B, 1, D), x.flatten(2).transpose(1, 2)], dim=1)  # [B, 1+grid^2, D]
+        x = self.pre_norm(x + self.position_table(grid))
+        for block in self.blocks:
+            x = block(x)
+        return self.post_norm(x) if self.apply_post_norm else x
+
+
+class GPT2(nn.Module):
+    """GPT-2; with `cross`, the paper's Vanilla baseline: cross-attention inside every block.
+
+    forward: ids [R, T], right-padded -> hidden states [R, T, D] after ln_f. Logits are `hidden @ wte.weight.T`.
+    """
+
+    def __init__(self, cfg: Config, cross=False):
+        super().__init__()
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.wpe = nn.Embedding(cfg.positions, cfg.width)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(
+            Block(cfg.width, cfg.heads, cfg.mlp, "gelu_new", cfg.dropout, causal=True, cross=cross)
+            for _ in range(cfg.layers)
+        )
+        self.ln_f = nn.LayerNorm(cfg.width)
+
+    def forward(self, ids, kvs=None, caches=None, start=0):
+        """kvs: keys and values per block (vanilla); caches: a dict per block; start: position of the first id."""
+        if start + ids.size(1) > len(self.wpe.weight):
+            raise UserError(f"a text of {start + ids.size(1)} tokens: GPT-2 has {len(self.wpe.weight)} positions here")
+        x = self.dropout(self.wte(ids) + self.wpe.weight[start : start + ids.size(1)])
+        for i, block in enumerate(self.blocks):
+            x = block(x, kvs and kvs[i], caches and caches[i])
+        return self.ln_f(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VC-GPT: fusion module and self-ensemble
+
+
+class VCGPT(nn.Module):
+    """The paper's model in its three variants. `tokenizer` is a data.Tokenizer; pixels are uint8 [B, 3, S, S]."""
+
+    def __init__(self, cfg: Config, tokenizer: data.Tokenizer | None = None):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        D, N = cfg.width, cfg.fusion_layers
+        self.clip = CLIPVision(cfg)
+        self.gpt2 = GPT2(cfg, cross=cfg.variant == "vanilla")
+        # The fusion layers and GPT-2 work at the same width; a projection stands between only where CLIP's differs.
+        self.project = nn.Linear(cfg.vision_width, D) if cfg.vision_width != D else nn.Identity()
+        if cfg.variant != "vanilla":
+            # HERE[vcgpt-13] (not in the paper): pre-norm layers of GPT-2's make; no new positions, both inputs have them.
+            self.visual = nn.ModuleList(Block(D, cfg.heads, cfg.mlp, "gelu_new", cfg.dropout) for _ in range(N))
+            self.text = nn.ModuleList(
+                Block(D, cfg.heads, cfg.mlp, "gelu_new", cfg.dropout, causal=True, cross=True, norm_memory=True)
+                for _ in range(N)
+            )
+            self.norm_fuse = nn.LayerNorm(D)
+            self.w_fuse = nn.Linear(D, cfg.vocab_size, bias=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1) * 255, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """N(0, init_std) for matrices and embeddings, 0 for biases, residual outputs scaled by 1 / sqrt(2 * depth)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.cfg.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for stack in [self.clip.blocks, self.gpt2.blocks, getattr(self, "visual", []), getattr(self, "text", [])]:
+            for block in stack:
+                branches = [block.attn.out, block.mlp.down] + ([block.cross.out] if hasattr(block, "cross") else [])
+                for linear in branches:
+                    linear.weight.mul_((2 * len(stack)) ** -0.5)
+        nn.init.normal_(self.clip.class_embedding, std=self.cfg.init_std)
+        nn.init.normal_(self.clip.positions, std=self.cfg.init_std)
+
+    # --- the two halves
+
+    def encode_image(self, pixels):
+        """uint8 [B, 3, S, S] -> keys and values for the text side, one [2, B, H, N, D/H] for each of its layers."""
+        v = self.clip((pixels.float() - self.mean) / self.std)
+        v = self.project(v)  # V0, [B, N, D]
+        if self.cfg.variant == "vanilla":
+            return [block.keys_values(v) for block in self.gpt2.blocks]
+        memories = []
+        for block in self.visual:  # PAPER (fusion, visual stream): [self-attention, FFN] x N
+            v = block(v)
+            memories.append(v)
+        if self.cfg.memory == "B":
+            memories = [v] * len(self.text)
+        return [block.keys_values(v) for block, v in zip(self.text, memories, strict=True)]
+
+    def hidden(self, ids, kvs, caches=None, start=0):
+        """ids [R, T] and the picture's keys and values -> h^G, h^fuse, each [R, T, D] (h^fuse is None in vanilla)."""
+        if self.cfg.variant == "vanilla":
+            return self.gpt2(ids, kvs, caches, start), None
+        h_gpt2 = self.gpt2(ids, None, caches, start)  # never sees the picture
+        t = h_gpt2
+        for i, block in enumerate(self.text):  # PAPER (fusion, text stream): [self-att, cross-att, FFN] x N
+            t = block(t, kvs[i], caches and caches[len(self.gpt2.blocks) + i])
+        return h_gpt2, self.norm_fuse(t)
+
+    def logits(self, h_gpt2, h_fuse):
+        """Hidden states [..., D] -> next-word logits [..., V]."""
+        if self.cfg.variant == "vanilla":
+            return F.linear(h_gpt2, self.gpt2.wte.weight)
+        if self.cfg.variant == "vcgpt_wo_se":  # HERE[vcgpt-14]: the paper names this ablation; the exact head is ours
+            return self.w_fuse(h_fuse)
+        # PAPER (self-ensemble): logits = W^G h^G + W^fuse h^fuse          (W^G is GPT-2's word embedding, tied)
+        return F.linear(h_gpt2, self.gpt2.wte.weight) + self.w_fuse(h_fuse)
+
+    def forward(self, pixels, ids, targets=None):
+        """pixels uint8 [B, 3, S, S], ids [R, T] with R a multiple of B, image-major.
+
+        -> logits [R, T, V]; with targets [R, T] (-100 = nothing to predict), logits [M, V] at the M real targets alone:
+        a quarter of a padded batch would be multiplied by the vocabulary for nothing.
+        """
+        h_gpt2, h_fuse = self.hidden(ids, self.encode_image(pixels))
+        if targets is not None:
+            is_real = targets != -100
+            h_gpt2, h_fuse = h_gpt2[is_real], None if h_fuse is None else h_fuse[is_real]
+        return self.logits(h_gpt2, h_fuse)
+
+
+def loss_lm(logits, targets, label_smoothing=0.0):
+    """Mean next-token cross-entropy. logits [M, V], targets [M] -> scalar, in nats.
+
+    PAPER (generative pre-training): L = - 1/M sum_m log p(w_m | w_<m, picture), over all real targets, EOS included.
+    """
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class Decoder:
+    """What eval.greedy and eval.beam_search drive: `rows` captions grow by one token a step, `beam` for each picture.
+
+    Keys and values of earlier tokens are cached, those of the picture are made once and shared by its beams.
+    `cached=False` recomputes the whole prefix at every step: slower, and there to prove that nothing changes.
+    """
+
+    def __init__(self, model: VCGPT, pixels, cached=True):
+        self.model, self.kvs = model, model.encode_image(pixels)
+        layers = len(model.gpt2.blocks) + len(getattr(model, "text", []))
+        self.caches = [{} for _ in range(layers)] if cached else None
+
+    def step(self, ids):
+        """ids [R, t], everything so far -> logits [R, V] of the next token."""
+        if self.caches is None:
+            h_gpt2, h_fuse = self.model.hidden(ids, self.kvs)
+        else:
+            start = ids.size(1) - 1
+            h_gpt2, h_fuse = self.model.hidden(ids[:, start:], self.kvs, self.caches, start)
+        return self.model.logits(h_gpt2[:, -1], None if h_fuse is None else h_fuse[:, -1])
+
+    def reorder(self, rows):
+        for cache in self.caches or []:
+            for name in cache:
+                cache[name] = cache[name].index_select(0, rows)
+
+
+@torch.no_grad()
+def caption(model: VCGPT, pixels, beam=1) -> list[str]:
+    """uint8 [B, 3, S, S] -> B captions: greedy (beam 1) or beam search (score = sum log p / length^alpha)."""
+    cfg, tok, device = model.cfg, model.tokenizer, next(model.parameters()).device
+    decoder, B = Decoder(model, pixels.to(device)), len(pixels)
+    if beam == 1:
+        ids, _ = scoring.greedy(decoder, B, tok.bos, tok.eos, cfg.max_new, device)
+    else:
+        ids, _ = scoring.beam_search(decoder, B, beam, tok.bos, tok.eos, cfg.max_new, cfg.length_penalty, device)
+    return [tok.decode(row) for row in ids.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Official weights: transformers' names for CLIP and GPT-2. Every key is used once or is on the list of known others.
+
+
+def load_clip(tower: CLIPVision, state: dict) -> None:
+    """CLIP's vision weights into `tower`, from a full CLIP checkpoint or a vision-only one, old or new spelling.
+
+    Spellings: with or without the prefix `vision_model.`; `position_ids` of old files, the text tower and both
+    projections are known and not used. A missing, unknown or wrongly shaped key raises UserError with the list.
+    """
+    state = {name.removeprefix("vision_model."): value for name, value in state.items()}
+    not_used = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "embeddings.position_ids")
+    names = {
+        "class_embedding": "embeddings.class_embedding",
+        "patches.weight": "embeddings.patch_embedding.weight",
+        "positions": "embeddings.position_embedding.weight",
+    }
+    for part in ("weight", "bias"):
+        names |= {f"pre_norm.{part}": f"pre_layrnorm.{part}", f"post_norm.{part}": f"post_layernorm.{part}"}
+        for i in range(len(tower.blocks)):
+            theirs = f"encoder.layers.{i}"
+            names |= {
+                f"blocks.{i}.norm1.{part}": f"{theirs}.layer_norm1.{part}",
+                f"blocks.{i}.norm2.{part}": f"{theirs}.layer_norm2.{part}",
+                f"blocks.{i}.attn.qkv.{part}": [f"{theirs}.self_attn.{x}_proj.{part}" for x in "qkv"],
+                f"blocks.{i}.attn.out.{part}": f"{theirs}.self_attn.out_proj.{part}",
+                f"blocks.{i}.mlp.up.{part}": f"{theirs}.mlp.fc1.{part}",
+                f"blocks.{i}.mlp.down.{part}": f"{theirs}.mlp.fc2.{part}",
+            }
+    common.load_renamed(tower, state, names, not_used, what="CLIP")
+
+
+def load_gpt2(gpt2: GPT2, state: dict) -> None:
+    """GPT-2's weights, with or without the prefix `transformer.`; cross-attention (Vanilla) where the file has it.
+
+    transformers stores these matrices as Conv1D, [in, out]: all are transposed, the square c_proj too, where no shape
+    error would tell. `attn.bias` and `attn.masked_bias` of old files are masks, `lm_head.weight` is tied to wte.
+    """
+    state = {name.removeprefix("transformer."): value for name, value in state.items()}
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
+    state = {name: value.t() if name.endswith(conv1d) else value for name, value in state.items()}
+    not_used = ("lm_head.weight", *(f"h.{i}.attn.{x}bias" for i in range(len(gpt2.blocks)) for x in ("", "masked_")))
+    not_used += tuple(f"h.{i}.crossattention.{x}bias" for i in range(len(gpt2.blocks)) for x in ("", "masked_"))
+    names = {"wte.weight": "wte.weight", "wpe.weight": "wpe.weight"}
+    for part in ("weight", "bias"):
+        names[f"ln_f.{part}"] = f"ln_f.{part}"
+        for i, block in enumerate(gpt2.blocks):
+            ours, theirs = f"blocks.{i}", f"h.{i}"
+            names |= {
+                f"{ours}.norm1.{part}": f"{theirs}.ln_1.{part}",
+                f"{ours}.norm2.{part}": f"{theirs}.ln_2.{part}",
+                f"{ours}.attn.qkv.{part}": f"{theirs}.attn.c_attn.{part}",
+                f"{ours}.attn.out.{part}": f"{theirs}.attn.c_proj.{part}",
+                f"{ours}.mlp.up.{part}": f"{theirs}.mlp.c_fc.{part}",
+                f"{ours}.mlp.down.{part}": f"{theirs}.mlp.c_proj.{part}",
+            }
+            if hasattr(block, "cross") and f"{theirs}.crossattention.q_attn.weight" in state:
+                names |= {
+                    f"{ours}.norm_cross.{part}": f"{theirs}.ln_cross_attn.{part}",
+                    f"{ours}.cross.q.{part}": f"{theirs}.crossattention.q_attn.{part}",
+                    f"{ours}.cross.kv.{part}": f"{theirs}.crossattention.c_attn.{part}",
+                    f"{ours}.cross.out.{part}": f"{theirs}.crossattention.c_proj.{part}",
+                }
+    common.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack=".cross")
+
+
+def clip_sizes(config: dict) -> dict:
+    """Config fields from a CLIP config.json, full or vision-only; missing entries mean transformers' defaults, B/32."""
+    vision = config.get("vision_config", config)
+    width, patch = vision.get("hidden_size", 768), vision.get("patch_size", 32)
+    return dict(
+        stem="patch", patch=patch, vision_width=width, vision_layers=vision.get("num_hidden_layers", 12),
+        vision_heads=vision.get("num_attention_heads", 12), vision_mlp=vision.get("intermediate_size", 3072),
+        vision_act=vision.get("hidden_act", "quick_gelu"), image_size=vision.get("image_size", 224),
+    )  # fmt: skip
+
+
+def gpt2_sizes(config: dict) -> dict:
+    """Config fields from a GPT-2 config.json."""
+    if config.get("activation_function", "gelu_new") != "gelu_new":
+        raise UserError(f"GPT-2 with activation {config['activation_function']}: only gelu_new is built here")
+    return dict(
+        width=config.get("n_embd", 768), layers=config.get("n_layer", 12), heads=config.get("n_head", 12),
+        mlp=config.get("n_inner") or 0, vocab_size=config.get("vocab_size", 50257), positions=config.get("n_positions", 1024),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
+    """The model with its tokenizer and first weights: a checkpoint's, official ones, or random ones.
+
+    Official weights bring their sizes along, so cfg is changed here to what was really built.
+    """
+    clip = common.read_weights(cfg.clip) if cfg.clip != "none" and checkpoint is None else None
+    gpt2 = common.read_weights(cfg.gpt2) if cfg.gpt2 != "none" and checkpoint is None else None
+    sizes = (clip_sizes(clip[0]) if clip else {}) | (gpt2_sizes(gpt2[0]) if gpt2 else {})
+    for name, value in sizes.items():
+        if name != "image_size":  # a larger picture than CLIP's own is a choice: positions are interpolated
+            setattr(cfg, name, value)
+    if checkpoint:
+        tokenizer = data.Tokenizer.load(checkpoint)
+    elif cfg.tokenizer != "none" or gpt2:
+        tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.gpt2)
+    else:
+        texts = [data.clean_caption(text) for item in first(corpus.splits["train"], 20000) for text in item.captions]
+        tokenizer = data.Tokenizer.train(texts, cfg.vocab_size)
+    if gpt2 is None:
+        cfg.vocab_size = tokenizer.vocab_size
+    elif tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, GPT-2's embedding {cfg.vocab_size}")
+    if clip and cfg.image_size != sizes["image_size"]:
+        print(f"positions of CLIP's {sizes['image_size']} px grid are interpolated to {cfg.image_size} px")
+    model = VCGPT(cfg, tokenizer)
+    if checkpoint:
+        common.load_model_weights(model, checkpoint)
+    if clip:
+        load_clip(model.clip, clip[1])
+    if gpt2:
+        load_gpt2(model.gpt2, gpt2[1])
+    return model
+
+
+def first(items, n: int):
+    return [items[i] for i in range(min(n, len(items)))]
+
+
+def make_optimizer(cfg: Config, model: VCGPT):
+    """Backbones that were loaded move slowly, everything new fast."""
+    loaded = tuple(name for name, source in (("clip.", cfg.clip), ("gpt2.", cfg.gpt2)) if source != "none")
+
+    def lr_of(name: str) -> float:
+        return cfg.lr_backbone if name.startswith(loaded) and "cross" not in name else cfg.lr
+
+    return common.adamw(model, lr_of, cfg.weight_decay, betas=(0.9, cfg.beta2))
+
+
+def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> None:
+    """HERE[vcgpt-9] (ours): GPT-2 alone on captions, `lm_steps` steps, where no weights were given to start from.
+
+    The method presupposes a language model that can already speak; this is its stand-in on the small world.
+    """
+    optimizer = common.adamw(model.gpt2, lambda name: cfg.lr, cfg.weight_decay, betas=(0.9, cfg.beta2))
+    texts = [data.clean_caption(t) for item in first(train_items, cfg.lm_steps * cfg.batch // 5 + 1) for t in item.captions]
+    tok = model.tokenizer
+    for step in range(cfg.lm_steps):
+        rows = [tok.encode(texts[(step * cfg.batch + i) % len(texts)], cfg.max_len) for i in range(cfg.batch)]
+        batch = data.pad_captions(rows, tok.bos, tok.eos, tok.pad)
+        targets = batch["targets"].to(machine.device)
+        is_real = targets != -100
+        hidden = model.gpt2(batch["ids"].to(machine.device))[is_real]
+        loss = loss_lm(F.linear(hidden, model.gpt2.wte.weight), targets[is_real])
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / 20)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.gpt2.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if cfg.lm_steps and machine.is_main:
+        print(f"GPT-2 alone, {cfg.lm_steps} text-only steps: loss {loss.item():.3f}")
+
+
+def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | None = None) -> None:
+    """The loop. `checkpoint`: go on from its step, with its optimizer and random state."""
+    k, train_items = cfg.captions_per_image, corpus.splits["train"]
+    images = max(1, cfg.batch // k)  # pictures per step, over all processes
+    model.to(machine.device)
+    optimizer, start, best = make_optimizer(cfg, model), 0, -1.0
+    if checkpoint:
+        start, best = common.load_training_state(checkpoint, optimizer)  # the data order follows from the step alone
+    else:
+        train_language_model(cfg, model, train_items, machine)
+    pictures = data.Pictures(train_items, model.tokenizer, cfg.image_size, captions=k, max_len=cfg.max_len, train=True,
+                             augment=cfg.augment, seed=cfg.seed)  # fmt: skip
+    loader = iter(data.train_loader(pictures, images, machine.workers, machine.rank, machine.world, cfg.seed, start,
+                                    cfg.steps, pin=machine.device.type == "cuda"))  # fmt: skip
+    log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
+    ddp = common.spread(model, cfg, machine)
+    for step in range(start, cfg.steps):
+        model.train()
+        with log.waiting():
+            batch = next(loader)
+        share = common.linear_schedule(step, cfg.steps, cfg.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+
+        # The mean runs over every real target of the global batch, however many processes and micro-batches it is cut
+        # into; DistributedDataParallel averages gradients over processes, hence the factor `world`.
+        targets_in_all = common.sum_over_processes(float((batch["targets"] != -100).sum()), machine.device)
+        loss_sum = 0.0
+        for pixels, ids, targets in micro_batches(batch, cfg):
+            pixels, ids, targets = (x.to(machine.device, non_blocking=True) for x in (pixels, ids, targets))
+            with machine.autocast():
+                logits = ddp(pixels, ids, targets)
+            real = targets[targets != -100]
+            loss = loss_lm(logits, real, cfg.label_smoothing) * len(real) / targets_in_all
+            (loss * machine.world).backward()
+            loss_sum += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        log.step(step + 1, {"loss": loss_sum}, cfg.lr * share, norm, images * k)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            with log.pause():
+                best = validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step + 1, best)
+    log.close()
+
+
+def micro_batches(batch: dict, cfg: Config):
+    """A loader's batch cut into (pixels, ids, targets) of at most --micro-batch pairs each."""
+    k = cfg.captions_per_image
+    images = max(1, cfg.micro_batch // k) if cfg.micro_batch else len(batch["pixels"])
+    cuts = (batch["pixels"].split(images), batch["ids"].split(images * k), batch["targets"].split(images * k))
+    return zip(*cuts, strict=True)
+
+
+def validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step: int, best: float) -> float:
+    """Greedy captions of the first val pictures; a checkpoint; returns the best CIDEr-D so far."""
+    score = {}
+    if "val" in corpus.splits:
+        score, _ = evaluate(cfg, model, first(corpus.splits["val"], cfg.val_items), machine, beam=1)
+    is_best = score.get("CIDEr_D", step) >= best  # without a val split the last is the best
+    best = max(best, score.get("CIDEr_D", best))
+    if machine.is_main:
+        shown = "  ".join(f"{k} {score[k]:.3f}" for k in ("CIDEr_D", "BLEU_4", "caption_true") if k in score)
+        log.say(f"val at step {step}: {shown}" + ("  (best so far)" if is_best else ""))
+        run.log({"step": step, **{f"val_{k}": v for k, v in score.items()}})
+        run.save(step, model, model.tokenizer, optimizer, {"val": score, "best": best}, is_best)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(cfg: Config, model: VCGPT, items, machine, beam: int, hyps: dict | None = None) -> tuple[dict, dict]:
+    """Captions for every item -> (metrics, {image_id: caption}); given `hyps`, those are scored instead."""
+    if hyps is None:
+        model.eval()
+        pictures = data.Pictures(items, model.tokenizer, cfg.image_size, captions=0, max_len=cfg.max_len, train=False)
+        loader = data.eval_loader(pictures, 100, machine.workers, machine.rank, machine.world)
+        hyps = scoring.caption_split(lambda pixels: caption(model, pixels, beam), loader)
+    metrics = scoring.caption_metrics(hyps, {item.image_id: item.captions for item in items})
+    if cfg.data == "scenes":
+        metrics |= scoring.truth_metrics(hyps, {item.image_id: item.image for item in items})
+    return metrics, hyps
+
+
+def final_evaluation(cfg: Config, model: VCGPT, corpus, machine, run, seconds: float) -> None:
+    """Every test split with its controls: table, metrics.json, samples.png."""
+    splits, shown = {}, {}
+    for split in [name for name in corpus.splits if name.startswith("test")]:
+        items = first(corpus.splits[split], len(corpus.splits[split]))
+        metrics, hyps = evaluate(cfg, model, items, machine, cfg.beam)
+        if not machine.is_main:
+            continue
+        # A caption depends on its picture alone, so captioning permuted pictures = permuting the captions: no cost.
+        ids = list(hyps)
+        permuted = {i: hyps[j] for i, j in zip(ids, scoring.shuffled(ids), strict=True)}
+        controls = {"shuffled_images": evaluate(cfg, model, items, machine, 0, permuted)[0]}
+        shown |= {split: metrics, f"{split}, shuffled": controls["shuffled_images"]}
+        if split == "test":
+            choose_on = corpus.splits.get("val", corpus.splits["train"])
+            constant = scoring.best_constant_caption(
+                [text for item in first(corpus.splits["train"], 3000) for text in item.captions],
+                {item.image_id: item.captions for item in first(choose_on, 500)},
+            )
+            controls["constant_caption"] = evaluate(cfg, model, items, machine, 0, dict.fromkeys(ids, constant))[0]
+            controls["constant_caption"]["caption"] = constant
+            shown["constant"] = {k: v for k, v in controls["constant_caption"].items() if k != "caption"}
+            save_samples(cfg, run, items[:16], hyps)
+        splits[split] = {"metrics": metrics, "controls": controls}
+    if not machine.is_main:
+        return
+    if not splits:
+        print("no test split: nothing to evaluate")
+        return
+    common.write_json(
+        run.path / "metrics.json",
+        {
+            "model": "vcgpt", "data": cfg.data, "task": cfg.task, "command": "python " + " ".join(sys.argv),
+            "seed": cfg.seed, "steps": cfg.steps, "seconds": round(seconds, 1),
+            "params": sum(p.numel() for p in model.parameters()), "device": common.describe_device(machine),
+            "versions": common.versions(),
+            "protocol": {
+                "variant": cfg.variant, "beam": cfg.beam, "max_new": cfg.max_new, "length_penalty": cfg.length_penalty,
+                "tokenizer_of_metrics": "rule", "checkpoint": "last", "notes": corpus.notes,
+                "constant_caption": "of the first 3,000 training pictures' captions, the best by CIDEr-D on val",
+            },
+            "splits": splits,
+        },
+    )  # fmt: skip
+    print("\n" + common.table(shown))
+    print(f"\n{run.path / 'samples.png'}: test pictures with their captions\n{run.path / 'metrics.json'}: this table")
+    print(common.curves(run.path / "curves.png", run.path / "log.jsonl"))
+    print(f"go on: python vcgpt.py --caption PICTURE --init {run.path}")
+
+
+def save_samples(cfg: Config, run, items, hyps: dict) -> None:
+    """samples.png: pictures, what the model says, whether it is true (scenes), what people say."""
+    texts = []
+    for item in items:
+        verdict = ""
+        if cfg.data == "scenes":
+            verdict = f" [{scoring.verdict(hyps[item.image_id], item.image)}]"
+        texts.append(f"{hyps[item.image_id]}{verdict}\nref: {item.captions[0]}")
+    common.contact_sheet(run.path / "samples.png", [data.load_image(item.image, 200) for item in items], texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+
+SIZES = (
+    "variant fusion_layers memory clip_post_norm image_size patch stem vision_width vision_layers vision_heads vision_act "
+    "vision_mlp vocab_size width layers heads mlp positions captions_per_image max_len"
+).split()  # what --init takes over from the run's config
+
+
+def from_run(source: str, device="cpu") -> VCGPT:
+    """The model of a run directory (its `best`) or of one of its step_N, ready to caption."""
+    checkpoint, values = common.find_checkpoint(source, "vcgpt")
+    return build(common.config_from(Config, values), None, checkpoint).to(device).eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.perf_counter()
+    commands = {"caption": dict(nargs="+", metavar="PICTURE", help="print a caption for each picture (with --init RUN)")}
+    given, command = common.parse_flags(Config, sys.argv[1:] if argv is None else argv, "vcgpt.py", commands)
+    checkpoint, values = None, {}
+    source = given.get("resume") or (given["init"] if given.get("init", "none") != "none" else "")
+    if source:
+        checkpoint, values = common.find_checkpoint(source, "vcgpt", prefer="last" if "resume" in given else "best")
+
+    if command.caption:
+        if checkpoint is None:
+            raise UserError("--caption needs a trained model: add --init RUN, e.g. --init runs/vcgpt-scenes")
+        model = from_run(source)
+        for path in command.caption:
+            picture = data.load_image(Path(path), model.cfg.image_size)
+            pixels = data.to_pixels(picture, model.cfg.image_size)[None]
+            print(f"{path}: {caption(model, pixels, given.get('beam', model.cfg.beam))[0]}")
+        return
+
+    resuming = "resume" in given
+    if resuming:
+        if set(given) - {"resume", "device", "workers", "root"}:
+            raise UserError("--resume goes on with the run's own settings: give only --device, --workers or --root with it")
+        cfg = common.config_from(Config, {**values, **given})
+    else:
+        sizes = {name: values[name] for name in SIZES if name in values}
+        cfg = common.build_config(Config, given, PRESETS, RECIPES, sizes)
+    common.choose("task", cfg.task, ["pretrain", "caption"])
+    common.choose("variant", cfg.variant, ["vcgpt", "vcgpt_wo_se", "vanilla"])
+    common.choose("memory", cfg.memory, ["A", "B"])
+    machine = common.start_machine(cfg)
+    corpus = corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes,
+                          n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+    model = build(cfg, corpus, checkpoint)
+    train_size = len(corpus.splits["train"])
+    if not cfg.steps:
+        cfg.steps = math.ceil(cfg.epochs * train_size / max(1, cfg.batch // cfg.captions_per_image))
+    cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
+    run = common.Run(checkpoint.parent) if resuming else common.Run.create("vcgpt", cfg, machine)
+    if machine.is_main:
+        print(f"VC-GPT ({cfg.variant}), {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {machine.reason}")
+        print(f"{corpus.name}: " + ", ".join(f"{name} {len(items):,}" for name, items in corpus.splits.items()))
+        for note in corpus.notes:
+            print(f"  note: {note}")
+        print(f"{cfg.steps} steps of {cfg.batch // cfg.captions_per_image} pictures x {cfg.captions_per_image} captions -> {run.path}")
+    train(cfg, model, corpus, machine, run, checkpoint if resuming else None)
+    common.load_model_weights(model, run.path / "best")  # chosen on val
+    final_evaluation(cfg, model, corpus, machine, run, time.perf_counter() - started)
+    if machine.is_main:
+        print(f"{time.perf_counter() - started:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    common.run_main(main)
