@@ -153,14 +153,15 @@ def to_pixels(image: Image.Image, size: int, augment: str = "none", rng: random.
 
 
 def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, float, float, float] | None:
-    """left, top, right, bottom; None where ten draws did not fit, as in a panorama: such a picture is left whole."""
+    """left, top, right, bottom; None for a picture so long that no such box fits: it is left whole."""
     width, height = wide_high
     for _ in range(10):
-        area = rng.uniform(0.5, 1.0) * width * height
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        limit = min(1.0, aspect * height / width, width / (height * aspect))  # share of the area that still fits
+        if limit >= 0.5:
+            area = rng.uniform(0.5, limit) * width * height
+            w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+            left, top = rng.uniform(0, max(0.0, width - w)), rng.uniform(0, max(0.0, height - h))
             return left, top, min(left + w, width), min(top + h, height)
     return None
 
@@ -229,26 +230,32 @@ class Tokenizer:
         if {"vocab.json", "merges.txt"} <= present and not present & {"tokenizer.json", "config.json"}:
             from tokenizers import models
 
-            return _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+            vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+            backend = _byte_level(models.BPE.from_file(vocab, merges))
+            if backend.token_to_id(END) is None:
+                raise UserError(f"{vocab} has no {END}, so it is not GPT-2's; put the model's config.json beside it")
+            return _like_gpt2(backend)
         from transformers import AutoTokenizer
 
         try:
             found = AutoTokenizer.from_pretrained(str(name_or_dir))
             backend = found.backend_tokenizer.to_str()
         except Exception as error:  # no network, no such id, or a folder without a tokenizer: each its own class
-            where = f"the folder {folder} (it holds: {', '.join(sorted(present)) or 'nothing'})" if folder.is_dir() \
-                else f"{str(name_or_dir)!r}, which is no folder here, from the hub"
+            kind = "the folder" if folder.is_dir() else "the hub (there is no such folder here)"
             raise UserError(
-                f"could not load a tokenizer from {where}: {str(error).strip().splitlines()[0]}\n"
+                f"could not load the tokenizer {str(name_or_dir)!r} from {kind}: {' '.join(str(error).split())[:300]}\n"
                 "Pass a directory that holds tokenizer.json, or vocab.json and merges.txt, or pass `none` to train "
                 "without official files."
             ) from error
-        first = partial(next, iter(()), None)  # of several ids the first that exists
-        eos = first() or next((i for i in (found.eos_token_id, found.sep_token_id) if i is not None), None)
+        eos = _first(found.eos_token_id, found.sep_token_id)
+        bos, pad = _first(found.bos_token_id, found.cls_token_id, eos), _first(found.pad_token_id, eos)
+        known = found.get_vocab()
+        for names in ((END, END, END), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]")):
+            if eos is None and known.keys() >= set(names):  # tokenizer.json alone does not say what they are for
+                bos, eos, pad = (known[name] for name in names)
         if eos is None:
-            raise UserError(f"the tokenizer of {name_or_dir} names no end token; set eos_token in tokenizer_config.json")
-        bos = next((i for i in (found.bos_token_id, found.cls_token_id) if i is not None), eos)
-        return _tokenizer_from_text(backend, bos, eos, eos if found.pad_token_id is None else found.pad_token_id)
+            raise UserError(f"the tokenizer {name_or_dir} names no end token; set eos_token in tokenizer_config.json")
+        return _tokenizer_from_text(backend, bos, eos, pad)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
@@ -270,9 +277,9 @@ class Tokenizer:
             min_frequency=2,  # a pair seen once teaches nothing about the next caption
             show_progress=False,
         )
-        tokenizer = _byte_level(models.BPE())
-        tokenizer.backend.train_from_iterator(texts, trainer)
-        return _tokenizer_from_text(tokenizer.backend.to_str(), *[tokenizer.backend.token_to_id(END)] * 3)
+        backend = _byte_level(models.BPE())
+        backend.train_from_iterator(texts, trainer)
+        return _like_gpt2(backend)
 
 
 END = "<|endoftext|>"  # GPT-2's only special token: bos, eos and pad
@@ -284,12 +291,451 @@ def _tokenizer_from_text(text: str, bos: int, eos: int, pad: int) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(text), bos, eos, pad)
 
 
-def _byte_level(model) -> Tokenizer:
+def _byte_level(model):
     """GPT-2's pipeline around a BPE model; no blank is put before the first word."""
     import tokenizers
 
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens([END])
-    return Tokenizer(backend, *[backend.token_to_id(END)] * 3)
+    return backend
+
+
+def _like_gpt2(backend) -> Tokenizer:
+    backend.add_special_tokens([END])  # keeps its id where the vocabulary has it
+    end = backend.token_to_id(END)
+    return Tokenizer(backend, bos=end, eos=end, pad=end)
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((i for i in ids if i is not None), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)  # leftmost, right-hand too
+
+
+class Pictures(Dataset):
+    """Items as samples. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders judge.
+
+    Training, key (epoch, index): {"image_id", "pixels": uint8 [3, S, S], "ids": `captions` lists of token ids without
+    special tokens, cut to `max_len`}. The captions are drawn without replacement; where an item has fewer, each comes
+    once before one comes twice. The same (seed, epoch, index) gives the same sample in every process.
+    Evaluation, key index: {"image_id", "pixels", "captions": tuple of strings as written}.
+    """
+
+    def __init__(self, items: Sequence[Item], tokenizer: Tokenizer | None, size: int, captions: int = 5,
+                 max_len: int | None = None, train: bool = False, augment: str = "none", seed: int = 0):
+        self.items, self.tokenizer, self.size, self.train, self.seed = items, tokenizer, size, train, seed
+        self.n_captions, self.max_len, self.augment = captions, max_len, augment
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        item = self.items[index]
+        try:
+            image = load_image(item.image, self.size)
+        except BadImage as bad:
+            return {"image_id": item.image_id, "bad": str(bad)}
+        if not self.train:
+            return {"image_id": item.image_id, "pixels": to_pixels(image, self.size), "captions": item.captions}
+        if not item.captions:
+            raise UserError(f"image {item.image_id} has no caption to train on")
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")  # a string is hashed the same on every machine
+        drawn: list[str] = []
+        while len(drawn) < self.n_captions:
+            drawn += rng.sample(item.captions, len(item.captions))
+        ids = [self.tokenizer.encode(clean_caption(text), self.max_len) for text in drawn[: self.n_captions]]
+        augment = self.augment
+        if augment == "crop+flip" and any(SIDES.search(text) for text in item.captions):
+            augment = "crop"  # mirrored, "left of" would be false
+        return {"image_id": item.image_id, "pixels": to_pixels(image, self.size, augment, rng), "ids": ids}
+
+    def __getitems__(self, keys: list) -> list[dict]:
+        """One process' share of a batch. Where no picture of it can be read, one of the next in the file steps in.
+
+        Without any picture this process could not take its part in the step while the others wait for it. Which one
+        steps in follows from the keys, so it is the same after a resume.
+        """
+        samples = [self[key] for key in keys]
+        if self.train and all("bad" in sample for sample in samples):
+            epoch, index = keys[-1]
+            for step in range(1, min(len(self), 20)):
+                samples.append(self[epoch, (index + step) % len(self)])
+                if "bad" not in samples[-1]:
+                    break
+        return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def collate(samples: list[dict], bos: int, eos: int, pad: int) -> dict:
+    """Samples of `Pictures` -> one batch of the B readable ones.
+
+    image_id: list of B; pixels: uint8 [B, 3, S, S]; bad: messages about the unreadable ones. In training what
+    pad_captions gives, k rows an image, image-major: row b*k + j is caption j of image b. In evaluation captions:
+    a list of B tuples of strings.
+    """
+    good = [sample for sample in samples if "bad" not in sample]
+    batch = {"image_id": [sample["image_id"] for sample in good], "bad": [s["bad"] for s in samples if "bad" in s]}
+    if not good:
+        return batch
+    batch["pixels"] = torch.stack([sample["pixels"] for sample in good])
+    if "captions" in good[0]:
+        return batch | {"captions": [sample["captions"] for sample in good]}
+    return batch | pad_captions([row for sample in good for row in sample["ids"]], bos, eos, pad)
+
+
+def pad_captions(rows: list[list[int]], bos: int, eos: int, pad: int) -> dict[str, torch.Tensor]:
+    """Captions as token ids without special tokens -> tensors [len(rows), T], T = longest + 1.
+
+    ids       int64  bos w1 .. wn, padded with `pad` on the right
+    targets   int64  w1 .. wn eos, padded with -100: what each position is to predict
+    keep_mask bool   True = real. Ask it, not the id: GPT-2 pads with its bos.
+    """
+    length = 1 + max(len(row) for row in rows)
+    ids = torch.tensor([[bos, *row] + [pad] * (length - 1 - len(row)) for row in rows])
+    targets = torch.tensor([[*row, eos] + [-100] * (length - 1 - len(row)) for row in rows])
+    return {"ids": ids, "targets": targets, "keep_mask": targets != -100}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+class TrainBatches:
+    """Which items each step takes: a batch sampler that yields lists of (epoch, index).
+
+    The run reads one endless stream, a permutation of all items per epoch after another. Step s takes positions
+    [s * batch, (s + 1) * batch) of it and process r every `world`-th of them from the r-th: `batch` is the global
+    one, no item is dropped or repeated within an epoch at any number of processes, and a step is all it takes to
+    resume. Steps run from `start_step` up to, not including, `steps` (None: for ever).
+    Where `world` does not divide `batch`, the shares differ by one.
+    """
+
+    def __init__(self, n_items: int, batch: int, rank: int = 0, world: int = 1, seed: int = 0, start_step: int = 0,
+                 steps: int | None = None):
+        if n_items < 1:
+            raise UserError("there is no image to train on: the train split is empty")
+        if batch < world:
+            raise UserError(f"a batch of {batch} cannot be shared by {world} processes; raise --batch")
+        self.n_items, self.batch, self.rank, self.world = n_items, batch, rank, world
+        self.seed, self.start_step, self.steps = seed, start_step, steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, None
+        step = self.start_step
+        while self.steps is None or step < self.steps:
+            keys = []
+            for position in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
+                if position // self.n_items != epoch:
+                    epoch = position // self.n_items
+                    order = np.random.default_rng([self.seed % 2**32, epoch]).permutation(self.n_items)
+                keys.append((epoch, int(order[position % self.n_items])))
+            yield keys
+            step += 1
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError("an endless stream has no length")
+        return max(0, self.steps - self.start_step)
+
+
+def eval_indices(n: int, rank: int = 0, world: int = 1) -> range:
+    """The share of process `rank`; all shares together are every index once, with no padded duplicates."""
+    return range(rank, n, world)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+class Loader:
+    """Batches of a DataLoader, with the unreadable files of this process counted, named, or refused."""
+
+    def __init__(self, batches: DataLoader, n_items: int, train: bool):
+        self.batches, self.n_items, self.train = batches, n_items, train
+        self.n_seen, self.bad = 0, set()  # distinct messages: a file that comes back each epoch counts once
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self.batches:
+            self.n_seen += len(batch["image_id"]) + len(batch["bad"])
+            for message in batch["bad"]:
+                self._judge(message)
+            if not batch["image_id"]:
+                raise UserError(f"none of these pictures can be read: {'; '.join(batch['bad'][:3])}")
+            yield batch
+
+    def _judge(self, message: str) -> None:
+        if not self.train:
+            raise UserError(f"evaluation stops at a picture that cannot be read: {message}\nMend or remove it.")
+        if message in self.bad:
+            return
+        self.bad.add(message)
+        if len(self.bad) <= 3:
+            print(f"skipped a picture that cannot be read: {message}", file=sys.stderr)
+        n_seen = min(self.n_seen, self.n_items)
+        if len(self.bad) > 10 and len(self.bad) > 0.01 * n_seen:
+            raise UserError(
+                f"{len(self.bad)} of the first {n_seen} pictures cannot be read, the last one: {message}\n"
+                "`python data.py check` lists them; mend or remove them."
+            )
+
+
+def train_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
+                 start_step: int = 0, steps: int | None = None, pin: bool = False) -> Loader:
+    """Training batches of one process; `batch_images` counts the images of all processes. See TrainBatches."""
+    batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps)
+    return Loader(_data_loader(dataset, workers, batch_sampler=batches, pin_memory=pin), len(dataset), train=True)
+
+
+def eval_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1) -> Loader:
+    """Every `world`-th sample in order, in batches of `batch_images` for this process, the last one shorter."""
+    indices = eval_indices(len(dataset), rank, world)
+    return Loader(_data_loader(dataset, workers, sampler=indices, batch_size=batch_images), len(dataset), train=False)
+
+
+def _data_loader(dataset: Pictures, workers: int, **how) -> DataLoader:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns in every forked worker
+    ids = {k: getattr(dataset.tokenizer, k, 0) for k in ("bos", "eos", "pad")}  # pictures alone need no tokenizer
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=partial(collate, **ids),
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # else each start would move the global generator, and a resumed run with it
+        **how,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own data
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+
+
+def load_own(path: Path | str) -> Corpus:
+    """Own pictures as a Corpus; image ids are file names relative to the folder of the file.
+
+    x.jsonl: {"image": "a.jpg", "caption": "..."} a line ("captions": [...] too); x.csv: header image,caption; a folder:
+    its captions.txt with `file<TAB>caption`, `file#0<TAB>caption` or `file,caption`. Lines about the same image make
+    one Item. `split` is optional (jsonl, csv): train, val, test. Without it 90/5/5 by a hash of the file name, so that
+    a picture stays in its split when others come; all train below 20 images. Raises UserError naming file and line.
+    """
+    path = Path(path)
+    source = path / "captions.txt" if path.is_dir() else path
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_captions_txt}
+    if source.suffix.lower() not in readers:
+        raise UserError(f"{path} is not own data: pass a .jsonl, a .csv, or a folder with captions.txt")
+    try:
+        text = source.read_text("utf-8-sig")  # Windows programs begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from None
+
+    found: dict[str, list[str]] = {}  # normalised name -> captions
+    split_of: dict[str, str | None] = {}
+    for where, image, captions, split in readers[source.suffix.lower()](text, source):
+        name = below(source.parent, image, where)
+        if split is not None and (not isinstance(split, str) or split.strip().lower() not in SPLITS):
+            raise UserError(f"{where}: split {split!r} is not known; use train, val or test")
+        split = SPLITS[split.strip().lower()] if split else None
+        if split_of.setdefault(name, split) != split:
+            raise UserError(f"{where}: {name} is in split {split_of[name]} on an earlier line, here in {split}")
+        found.setdefault(name, []).extend(caption_text(caption, where) for caption in captions)
+    if not found:
+        raise UserError(f"{source} holds no image; `python data.py --help` shows the forms of own data")
+
+    notes = []
+    without = [name for name, split in split_of.items() if split is None]
+    if 0 < len(without) < len(found):
+        raise UserError(f"{source}: {without[0]} has no split, though other images have; give all of them one, or none")
+    if without and len(found) < 20:
+        split_of = dict.fromkeys(found, "train")
+        notes.append(f"{source}: fewer than 20 images, so all {len(found)} are in train.")
+    elif without:
+        split_of = {name: _split_by_hash(name) for name in found}
+        notes.append(f"{source}: no splits given, so images go to train, val, test 90/5/5 by a hash of their names.")
+    missing = [name for name in found if not (source.parent / name).is_file()]
+    named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    if len(missing) == len(found):
+        raise UserError(f"{source}: none of its images is there ({named}); names are relative to {source.parent}")
+    if missing:
+        notes.append(f"{source}: {len(missing)} of {len(found)} images are missing: {named}.")
+    splits: dict[str, list[Item]] = {split: [] for split in ("train", "val", "test")}
+    for name, captions in found.items():
+        splits[split_of[name]].append(Item(Path(name).as_posix(), source.parent / name, tuple(captions)))
+    return Corpus(path.resolve().name if path.is_dir() else path.stem, splits, notes)
+
+
+def _split_by_hash(name: str) -> str:
+    percent = int(hashlib.sha256(Path(name).as_posix().encode()).hexdigest(), 16) % 100
+    return "train" if percent < 90 else "val" if percent < 95 else "test"
+
+
+def below(root: Path, name: object, where: str) -> str:
+    """The normalised form of a relative path, which must stay below `root`; a link in there may lead where it likes."""
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{where}: the image must be a file name, not {name!r}")
+    path = os.path.normpath(name.strip())
+    if os.path.isabs(path) or os.path.splitdrive(path)[0] or path.split(os.sep)[0] in ("..", "."):
+        raise UserError(f"{where}: image {name!r} is not below {root}; name it relative to that folder, without `..`")
+    return path
+
+
+def caption_text(caption: object, where: str) -> str:
+    """A caption as written, stripped, with line breaks turned to blanks (83 of COCO val2017's have one)."""
+    text = " ".join(caption.splitlines()).strip() if isinstance(caption, str) else ""
+    if not text:
+        raise UserError(f"{where}: a caption must be a text that is not empty, not {caption!r}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: the caption {caption!r} holds half a Unicode character; write it anew")
+    return text
+
+
+def _read_jsonl(text: str, source: Path):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028 inside a caption
+        if not line.strip():
+            continue
+        where = f"{source}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error}); every line is one object") from None
+        if not isinstance(row, dict) or "image" not in row or not ("caption" in row or "captions" in row):
+            raise UserError(f'{where}: a line must be {{"image": "a.jpg", "caption": "..."}}, not {line.strip()[:80]}')
+        captions = row.get("captions", [])
+        if not isinstance(captions, list) or not (captions or "caption" in row):
+            raise UserError(f"{where}: `captions` must be a list of texts that is not empty, not {captions!r}")
+        yield where, row["image"], captions + ([row["caption"]] if "caption" in row else []), row.get("split")
+
+
+def _read_csv(text: str, source: Path):
+    rows = csv.DictReader(io.StringIO(text), strict=True)  # strict: a quote left open would swallow the lines below
+    try:
+        header = [(name or "").strip().lower() for name in rows.fieldnames or []]
+        if not {"image", "caption"} <= set(header):
+            raise UserError(f"{source}:1: the header must be image,caption or image,caption,split, not {header}")
+        rows.fieldnames = header
+        for row in rows:
+            where = f"{source}:{rows.line_num}"
+            if None in row:
+                raise UserError(f"{where}: more cells than the header; put a caption with commas in double quotes")
+            yield where, row["image"], [row["caption"]], (row.get("split") or "").strip() or None
+    except csv.Error as error:
+        raise UserError(f"{source}:{rows.line_num}: not CSV ({error}); look for a double quote left open") from None
+
+
+def _read_captions_txt(text: str, source: Path):
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{source}:{number}"
+        if not line.strip() or (number == 1 and re.fullmatch(r"image\s*[,\t]\s*caption", line.strip(), re.IGNORECASE)):
+            continue
+        image, tab, caption = line.partition("\t")
+        if tab:
+            image = re.sub(r"#\d+$", "", image.strip())  # Flickr's token files number the captions of an image
+        else:
+            image, comma, caption = line.partition(",")
+            if not comma:
+                raise UserError(f"{where}: a line must be file<TAB>caption or file,caption, not {line.strip()[:80]!r}")
+            quoted = re.fullmatch(r'\s*"(.*)"\s*', caption)
+            caption = quoted[1].replace('""', '"') if quoted else caption
+        yield where, image, [caption], None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+
+
+def check(corpus: Corpus) -> bool:
+    """Prints what the loader sees of every split; True where every picture can be read. Reads all of them."""
+    print(f"{corpus.name}: {', '.join(f'{len(items)} {split}' for split, items in corpus.splits.items())}")
+    for note in corpus.notes:
+        print(f"  note: {note}")
+    unreadable, same = [], defaultdict(list)  # same: digest of the bytes -> (split, name)
+    for split, items in corpus.splits.items():
+        items = list(items)  # scenes make an Item at each access
+        words = [len(text.split()) for item in items for text in item.captions]
+        print(f"\n{split}: {len(items)} images, {len(words)} captions")
+        print(f"  captions per image  {_spread([len(item.captions) for item in items])}")
+        print(f"  words per caption   {_spread(words)}")
+        counts = Counter(min((n - 1) // 5, 6) for n in words)
+        for bucket in range(max(counts, default=-1) + 1):
+            share = counts[bucket] / len(words)
+            label = f"{5 * bucket + 1}-{5 * bucket + 5}" if bucket < 6 else "over 30"
+            print(f"    {label:>7}  {share:6.1%}  {'#' * math.ceil(40 * share)}".rstrip())
+        files = [item.image for item in items if isinstance(item.image, Path)]
+        if len(files) < len(items):
+            print("  pictures            drawn when needed, not checked here")
+        sizes = []
+        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
+            for file, (digest, size, bad) in zip(files, pool.map(_inspect, files), strict=True):
+                sizes += [size] if size else []
+                unreadable += [bad] if bad else []
+                if digest:
+                    same[digest].append((split, str(file)))
+        if sizes:
+            sizes.sort(key=math.prod)
+            low, middle, high = (f"{w}x{h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
+            print(f"  picture sizes       smallest {low}, median {middle}, largest {high}")
+    groups = [group for group in same.values() if len(group) > 1]
+    across = [group for group in groups if len({split for split, _ in group}) > 1]
+    print(f"\nduplicates: {len(groups)} groups of identical files, {len(across)} of them across splits")
+    for group in across[:10]:
+        print("  " + " = ".join(f"{file} ({split})" for split, file in group))
+    print(f"unreadable: {len(unreadable)}")
+    for message in unreadable[:10]:
+        print(f"  {message}")
+    return not unreadable
+
+
+def _spread(numbers: list[int]) -> str:
+    return f"min {min(numbers)}, mean {statistics.fmean(numbers):.1f}, max {max(numbers)}" if numbers else "none"
+
+
+def _inspect(file: Path) -> tuple[bytes | None, tuple[int, int] | None, str | None]:
+    """(digest of the bytes, width and height, what is wrong): each None where it does not apply."""
+    try:
+        size = load_image(file, 0).size
+        return hashlib.sha256(file.read_bytes()).digest(), size, None
+    except BadImage as bad:
+        return None, None, str(bad)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="data.py", description="Looks at a data set as the loader sees it.",
+                                     epilog="Exit status 1: a picture cannot be read, or a file is missing or wrong.")
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("data", help='x.jsonl with lines {"image": "a.jpg", "caption": "..."}, x.csv with the header '
+                        "image,caption[,split], a folder with captions.txt (file<TAB>caption), or the name of a data "
+                        "set: scenes, coco, flickr30k, flickr8k")
+    parser.add_argument("--root", help="the folder of a named data set (default: data/NAME)")
+    options = parser.parse_args(argv)
+    import corpora
+
+    try:
+        return 0 if check(corpora.load(options.data, options.root)) else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    import data  # run as a script this file is `__main__`; corpora must meet the same classes that it imports
+
+    sys.exit(data.main())

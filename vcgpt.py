@@ -229,14 +229,14 @@ class Block(nn.Module):
 
 
 class ConvStem(nn.Sequential):
-    """Pixels to a grid of visual tokens by stride-2 3x3 convolutions, one halving for each factor 2 in `patch`."""
+    """Pixels to a grid of visual tokens by 3x3 convolutions: a halving for each factor 2 in `patch`, then one at size."""
 
     def __init__(self, patch: int, width: int):
         halvings = int(math.log2(patch))
-        widths = [3] + [max(32, width >> (halvings - 1 - i)) for i in range(halvings - 1)] + [width]
+        widths = [3] + [max(32, width >> (halvings - i)) for i in range(1, halvings)] + [width]
         layers = []
         for i in range(halvings):
-            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1), nn.GELU()]
+            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, 2, 1), nn.GroupNorm(1, widths[i + 1]), nn.ReLU()]
         super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1))
 
 

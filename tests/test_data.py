@@ -1,0 +1,680 @@
+"""Pictures, tokenizers, samples, batches, the order of a run, own data and the check."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from common import UserError
+from data import BadImage, Item, Pictures, Tokenizer, TrainBatches, load_image, load_own, to_pixels
+
+ROOT = Path(data.__file__).parent
+WORDS = ["a dog runs", "two black cats sit on a red sofa", "a man on a horse", "the sea", "a small boat at night",
+         "a girl eats an apple"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(WORDS * 3, 400)
+
+
+def gradient(width, height):
+    """An RGB picture whose pixels all differ a little: red grows to the right, green downwards."""
+    red = np.tile(np.linspace(0, 255, width), (height, 1))
+    green = np.tile(np.linspace(0, 255, height)[:, None], (1, width))
+    return Image.fromarray(np.stack([red, green, np.full_like(red, 60)], -1).astype(np.uint8))
+
+
+def make_items(folder, n, captions=tuple(WORDS)):
+    items = []
+    for i in range(n):
+        gradient(20 + i, 16).save(folder / f"{i}.png")
+        items.append(Item(i, folder / f"{i}.png", tuple(captions)))
+    return items
+
+
+# Pictures
+
+
+def test_orientation_tag_is_applied(tmp_path):
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste("white", (0, 0, 20, 20))  # white left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for viewing: left becomes top
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    seen = np.asarray(load_image(tmp_path / "a.jpg", 0)).mean(-1)
+    assert seen.shape == (40, 20)
+    assert seen[:18].mean() > 240 and seen[22:].mean() < 15
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    gradient(8, 8).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff\x01\x02")
+    assert load_image(tmp_path / "a.jpg", 0).size == (8, 8)
+
+
+def test_sixteen_bit_grey_keeps_its_scale(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.asarray(load_image(tmp_path / name, 0))[0, :, 0].tolist() == [0, 1, 128, 255], name
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_over_black(tmp_path, mode):
+    picture = Image.new("RGBA", (6, 6), (255, 255, 255, 0))  # invisible white
+    picture.paste((255, 255, 255, 255), (0, 0, 3, 6))
+    if mode == "P":
+        picture = picture.convert("P")
+        picture.putpalette([255, 255, 255] * 256)
+        picture.putdata([0 if i % 6 < 3 else 1 for i in range(36)])
+        picture.save(tmp_path / "a.png", transparency=1)
+    else:
+        picture.convert(mode).save(tmp_path / "a.png")
+    seen = np.asarray(load_image(tmp_path / "a.png", 0))
+    assert seen[:, :3].min() == 255 and seen[:, 3:].max() == 0
+
+
+def test_cmyk_grey_bilevel_and_palette_become_rgb(tmp_path):
+    red = Image.new("RGB", (8, 8), (200, 20, 30))
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    red.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    red.convert("L").save(tmp_path / "grey.png")
+    Image.new("1", (8, 8), 1).save(tmp_path / "bilevel.png")
+    expected = {"cmyk.jpg": (200, 20, 30), "palette.png": (200, 20, 30), "grey.png": (75, 75, 75),
+                "bilevel.png": (255, 255, 255)}
+    for name, colour in expected.items():
+        seen = np.asarray(load_image(tmp_path / name, 0)).astype(int)
+        assert seen.shape == (8, 8, 3) and abs(seen - colour).max() <= 4, name
+
+
+def test_content_decides_on_the_decoder(tmp_path):
+    gradient(9, 7).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 0).size == (9, 7)
+
+
+def test_unreadable_pictures_are_named_with_the_reason(tmp_path):
+    gradient(64, 64).save(tmp_path / "whole.png")
+    gradient(64, 64).save(tmp_path / "whole.jpg")
+    for name in ("cut.png", "cut.jpg"):  # the header is whole, the last pixels are not there
+        whole = (tmp_path / name.replace("cut", "whole")).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 3 // 4])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "folder.jpg").mkdir()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    reasons = {"cut.jpg": "truncated", "cut.png": "truncated", "empty.jpg": "empty", "text.jpg": "not a picture",
+               "gone.jpg": "no such file", "folder.jpg": "directory", "float.tif": "floating-point"}
+    for name, reason in reasons.items():
+        with pytest.raises(BadImage, match=reason) as caught:
+            load_image(tmp_path / name, 32)
+        assert name in str(caught.value) and str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_longer_side_is_fitted_and_the_rest_is_black():
+    white = Image.new("RGB", (100, 50), "white")
+    wide, high = to_pixels(white, 32), to_pixels(white.rotate(90, expand=True), 32)
+    assert wide.dtype == torch.uint8 and wide.shape == (3, 32, 32) and wide.is_contiguous()
+    assert wide[:, :16].min() == 255 and wide[:, 16:].max() == 0
+    assert high[:, :, :16].min() == 255 and high[:, :, 16:].max() == 0
+
+
+def test_shrinking_is_antialiased_and_pixels_keep_their_place():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert abs(to_pixels(Image.fromarray(stripes), 32).float() - 127.5).max() < 15
+    pixels = to_pixels(gradient(64, 64), 32).float()
+    assert pixels[0, 16, 30] > 200 > pixels[0, 16, 2] and pixels[1, 30, 16] > 200 > pixels[1, 2, 16]
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (500, 1), (1, 1)])
+@pytest.mark.parametrize("augment", data.AUGMENTATIONS)
+def test_pictures_one_pixel_wide(shape, augment):
+    pixels = to_pixels(Image.new("RGB", shape, "white"), 32, augment, random.Random(0))
+    assert pixels.shape == (3, 32, 32) and pixels.max() == 255
+
+
+def test_crops_keep_area_and_aspect_in_bounds():
+    rng, boxes = random.Random(1), []
+    for _ in range(300):
+        left, top, right, bottom = data._random_box((90, 60), rng)
+        assert 0 <= left < right <= 90 and 0 <= top < bottom <= 60
+        boxes.append(((right - left) * (bottom - top) / 5400, (right - left) / (bottom - top)))
+    areas, aspects = zip(*boxes, strict=True)
+    assert 0.499 < min(areas) < 0.55 and max(areas) > 0.8
+    assert 0.749 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.334
+
+
+def test_crop_fills_the_square_and_flip_mirrors_half_of_the_time():
+    picture = gradient(90, 60)
+    flipped = 0
+    for seed in range(60):
+        pixels = to_pixels(picture, 32, "crop+flip", random.Random(seed)).float()
+        assert pixels[2].min() > 50  # blue is 60 all over: nothing was padded
+        flipped += bool(pixels[0, :, 0].mean() > pixels[0, :, -1].mean())
+        plain = to_pixels(picture, 32, "crop", random.Random(seed)).float()
+        assert plain[0, :, 0].mean() < plain[0, :, -1].mean()
+    assert 15 < flipped < 45
+
+
+def test_unknown_augmentation_is_an_error():
+    with pytest.raises(UserError, match="crop\\+flip"):
+        to_pixels(gradient(8, 8), 8, "flip", random.Random(0))
+
+
+def test_scene_is_drawn_at_the_size_asked_for():
+    import scenes
+
+    assert load_image(scenes.Scenes("tiny", "train", 1)[0], 48).size == (48, 48)
+
+
+# Words
+
+
+@pytest.mark.parametrize("raw, clean", [("A Dog\n runs .", "a dog runs"), ("  Two\tcats. ", "two cats"),
+                                        ("At 3.5 miles", "at 3.5 miles"), ("What?", "what?"), (".", "")])  # fmt: skip
+def test_clean_caption(raw, clean):
+    assert data.clean_caption(raw) == clean
+
+
+HARD_TEXTS = ["a dog 🐕‍🦺 runs", "كلب يجري على الشاطئ", "כלב רץ", "汉字", "naïve café", "tabs\tand\nlines",
+              "<|endoftext|>", "a <|endoftext|> b", "\u200f\u202eabc"]
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_every_text_survives_the_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert not {tokenizer.bos, tokenizer.eos, tokenizer.pad} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="utf-8")))
+def test_any_text_survives_the_round_trip(text):
+    tokenizer = test_any_text_survives_the_round_trip.tokenizer
+    assert tokenizer.decode(tokenizer.encode(text)) == text.strip()
+
+
+test_any_text_survives_the_round_trip.tokenizer = Tokenizer.train(WORDS * 3, 300)
+
+
+def test_trained_vocabulary_is_like_gpt2s(tokenizer):
+    assert tokenizer.bos == tokenizer.eos == tokenizer.pad
+    assert tokenizer.backend.id_to_token(tokenizer.eos) == "<|endoftext|>"
+    assert 257 < tokenizer.vocab_size <= 400
+    assert tokenizer.encode("a dog") != tokenizer.encode(" a dog")  # no blank is put before the first word
+    assert len(tokenizer.encode("a black dog")) < len("a black dog")  # it did learn
+    assert tokenizer.encode("two black cats sit", max_len=3) == tokenizer.encode("two black cats sit")[:3]
+    assert Tokenizer.train(WORDS * 50, 10_000).vocab_size < 10_000
+    with pytest.raises(UserError, match="257"):
+        Tokenizer.train(WORDS, 200)
+    with pytest.raises(UserError, match="bpe"):
+        Tokenizer.train(WORDS, 300, kind="words")
+
+
+def test_training_is_the_same_in_every_process():
+    code = (f"import hashlib, data; t = data.Tokenizer.train({WORDS!r} * 20, 320);"
+            "print(hashlib.sha256(t.backend.to_str().encode()).hexdigest())")  # fmt: skip
+    run = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={**os.environ, "RAYON_NUM_THREADS": n, "PYTHONHASHSEED": n}).stdout for n in ("1", "3")]
+    assert run[0] == run[1]
+
+
+def test_decode_stops_at_the_first_eos(tokenizer):
+    dog, cat = tokenizer.encode("a dog"), tokenizer.encode("a cat")
+    assert tokenizer.decode([*dog, tokenizer.eos, *cat]) == "a dog"
+    assert tokenizer.decode(torch.tensor([*tokenizer.encode("  a dog "), tokenizer.eos])) == "a dog"
+    assert tokenizer.decode([]) == tokenizer.decode([tokenizer.eos, *dog]) == ""
+
+
+def test_save_load_and_pickle_keep_everything(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t")
+    copies = [Tokenizer.load(tmp_path / "t"), Tokenizer.from_pretrained(tmp_path / "t"),
+              pickle.loads(pickle.dumps(tokenizer))]
+    for copy in copies:
+        assert (copy.bos, copy.eos, copy.pad, copy.vocab_size) == (
+            tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.vocab_size)  # fmt: skip
+        assert [copy.encode(text) for text in HARD_TEXTS] == [tokenizer.encode(text) for text in HARD_TEXTS]
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_gpt2_and_bert_folders(tokenizer, tmp_path):
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    for name, extra in (("bare", {}), ("configured", {"config.json": '{"model_type": "gpt2"}'})):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+        for file, text in extra.items():
+            (folder / file).write_text(text)
+        found = Tokenizer.from_pretrained(folder)
+        assert found.bos == found.eos == found.pad == tokenizer.eos and found.vocab_size == tokenizer.vocab_size, name
+        assert all(found.encode(text) == tokenizer.encode(text) for text in HARD_TEXTS), name
+        assert found.decode(found.encode("two black cats")) == "two black cats", name
+    alone = tmp_path / "alone"  # nothing but tokenizer.json
+    alone.mkdir()
+    tokenizer.backend.save(str(alone / "tokenizer.json"))
+    found = Tokenizer.from_pretrained(alone)
+    assert found.bos == found.eos == found.pad == tokenizer.eos and found.encode(WORDS[1]) == tokenizer.encode(WORDS[1])
+    roberta = tmp_path / "roberta"
+    roberta.mkdir()
+    (roberta / "vocab.json").write_text(json.dumps({"<s>": 0, "a": 1}))
+    (roberta / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="config.json"):  # without it nobody knows which tokens are special
+        Tokenizer.from_pretrained(roberta)
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "cat"]))
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    found = Tokenizer.from_pretrained(bert)
+    assert (found.bos, found.eos, found.pad) == (2, 3, 0) and found.encode("A dogs") == [5, 6, 7]
+    assert found.decode([2, 5, 6, 7, 3, 8, 0]) == "a dogs"
+
+
+def test_tokenizer_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/has-this-model", tmp_path):
+        with pytest.raises(UserError, match="(?s)directory.*`none`"):
+            Tokenizer.from_pretrained(name)
+
+
+# Samples and batches
+
+
+def test_captions_are_drawn_without_replacement(tokenizer, tmp_path):
+    items = make_items(tmp_path, 1) + [Item(1, tmp_path / "0.png", ("a dog", "the sea"))]
+    pictures = Pictures(items, tokenizer, 16, captions=5, max_len=4, train=True)
+    known = {tuple(tokenizer.encode(text, 4)) for text in WORDS}
+    drawn = [[tuple(ids) for ids in pictures[epoch, 0]["ids"]] for epoch in range(20)]
+    assert all(len(set(row)) == 5 and set(row) <= known for row in drawn)
+    assert len(set(map(tuple, drawn))) > 10  # another choice in another epoch
+    for epoch in range(10):  # fewer captions than asked for: each twice before one comes a third time
+        assert sorted(Counter(map(tuple, pictures[epoch, 1]["ids"])).values()) == [2, 3]
+
+
+def test_captions_are_cleaned_before_they_are_encoded(tokenizer, tmp_path):
+    items = [Item(0, make_items(tmp_path, 1)[0].image, ("A DOG\n runs .",))]
+    assert Pictures(items, tokenizer, 16, captions=1, train=True)[0, 0]["ids"] == [tokenizer.encode("a dog runs")]
+
+
+def test_a_sample_follows_from_seed_epoch_and_index(tokenizer, tmp_path):
+    items = make_items(tmp_path, 2)
+
+    def sample(key, seed=0):
+        torch.manual_seed(random.randrange(10**9))
+        return Pictures(items, tokenizer, 16, captions=2, train=True, augment="crop+flip", seed=seed)[key]
+
+    def same(a, b):
+        return a["ids"] == b["ids"] and torch.equal(a["pixels"], b["pixels"])
+
+    assert same(sample((3, 1)), sample((3, 1)))
+    for other in (sample((4, 1)), sample((3, 1), seed=1)):
+        assert not same(sample((3, 1)), other)
+
+
+@pytest.mark.parametrize("caption, mirrors", [
+    ("a dog on the LEFT", False), ("the rightmost cat", False), ("a left-hand glove", False), ("bright, upright", True),
+])  # fmt: skip
+def test_samples_that_say_left_or_right_are_never_mirrored(tokenizer, tmp_path, caption, mirrors):
+    image = make_items(tmp_path, 1)[0].image
+    pictures = Pictures([Item(0, image, ("a dog", caption))], tokenizer, 16, captions=1, train=True,
+                        augment="crop+flip")  # fmt: skip
+    red = [pictures[epoch, 0]["pixels"][0].float() for epoch in range(40)]
+    assert any(row[:, 0].mean() > row[:, -1].mean() for row in red) == mirrors
+    assert len({row.sum().item() for row in red}) > 10  # cropped all the same
+
+
+def test_evaluation_samples_are_as_written(tokenizer, tmp_path):
+    items = [Item("x", make_items(tmp_path, 1)[0].image, ("A Dog.", "B"))]
+    pictures = Pictures(items, tokenizer, 16, captions=0, augment="crop+flip")
+    assert pictures[0]["captions"] == ("A Dog.", "B") and pictures[0]["image_id"] == "x"
+    assert torch.equal(pictures[0]["pixels"], to_pixels(load_image(items[0].image, 16), 16))
+
+
+def test_collate_by_hand():
+    def sample(i, *ids):
+        return {"image_id": i, "pixels": torch.full((3, 2, 2), i, dtype=torch.uint8), "ids": [list(row) for row in ids]}
+
+    samples = [sample(7, (11, 12), (13,)), {"image_id": 5, "bad": "5.jpg: gone"}, sample(9, (), (14, 15, 16))]
+    batch = data.collate(samples, bos=1, eos=2, pad=2)
+    assert batch["image_id"] == [7, 9] and batch["bad"] == ["5.jpg: gone"]
+    assert batch["pixels"].dtype == torch.uint8 and batch["pixels"][:, 0, 0, 0].tolist() == [7, 9]
+    assert batch["ids"].dtype == batch["targets"].dtype == torch.int64 and batch["keep_mask"].dtype == torch.bool
+    assert batch["ids"].tolist() == [[1, 11, 12, 2], [1, 13, 2, 2], [1, 2, 2, 2], [1, 14, 15, 16]]
+    assert batch["targets"].tolist() == [[11, 12, 2, -100], [13, 2, -100, -100], [2, -100, -100, -100], [14, 15, 16, 2]]
+    assert batch["keep_mask"].long().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+
+
+# Order and loaders
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), world=st.integers(1, 3), extra=st.integers(0, 20), seed=st.integers(-5, 5))
+def test_every_item_once_per_epoch_at_any_number_of_processes(n, world, extra, seed):
+    batch = world + extra
+    steps = -(-3 * n // batch)
+    shares = [list(TrainBatches(n, batch, rank, world, seed, steps=steps)) for rank in range(world)]
+    whole = list(TrainBatches(n, batch, seed=seed, steps=steps))
+    for step, keys in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert [keys[rank::world] for rank in range(world)] == parts
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    stream = [key for keys in whole for key in keys]
+    for epoch in range(3):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == [(epoch, i) for i in range(n)]
+    start = steps // 2
+    assert list(TrainBatches(n, batch, seed=seed, start_step=start, steps=steps)) == whole[start:]
+
+
+def test_order_changes_with_epoch_and_seed_and_may_be_endless():
+    def order(seed):
+        return [[i for _, i in keys] for keys in islice(TrainBatches(50, 50, seed=seed), 2)]
+
+    first, second = order(0)
+    assert first != second and order(1)[0] != first and order(0)[0] == first
+    assert len(TrainBatches(50, 8, start_step=3, steps=10)) == 7
+    with pytest.raises(TypeError):
+        len(TrainBatches(50, 8))
+    with pytest.raises(UserError, match="--batch"):
+        TrainBatches(50, 2, world=3)
+    with pytest.raises(UserError, match="empty"):
+        TrainBatches(0, 2)
+
+
+def same_batches(a, b):
+    return len(a) == len(b) and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_workers_and_resuming_change_nothing(tokenizer, tmp_path):
+    items = make_items(tmp_path, 7)
+
+    def batches(workers=0, start=0, train=True):
+        pictures = Pictures(items, tokenizer, 16, captions=2, train=train, augment="crop+flip", seed=3)
+        if not train:
+            return list(data.eval_loader(pictures, 3, workers))
+        return list(data.train_loader(pictures, 4, workers, seed=3, start_step=start, steps=6))
+
+    alone, state = batches(), torch.get_rng_state()
+    assert [len(batch["image_id"]) for batch in alone] == [4] * 6 and alone[0]["ids"].shape[0] == 8
+    assert alone[0]["ids"][0, 0] == tokenizer.bos
+    assert same_batches(alone, batches(workers=2))
+    assert same_batches(alone[4:], batches(start=4))
+    assert same_batches(batches(train=False), batches(workers=2, train=False))
+    assert torch.equal(state, torch.get_rng_state())  # loading leaves the training's own generator alone
+
+
+def test_datasets_and_collate_can_be_sent_to_spawned_workers(tokenizer, tmp_path):
+    loader = data.train_loader(Pictures(make_items(tmp_path, 2), tokenizer, 16, train=True), 2, workers=1).batches
+    for part in (loader.dataset, loader.collate_fn, loader.worker_init_fn):
+        pickle.loads(pickle.dumps(part))
+    assert pickle.loads(pickle.dumps(loader.collate_fn)).keywords["eos"] == tokenizer.eos
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_is_exact(tokenizer, tmp_path, world):
+    pictures = Pictures(make_items(tmp_path, 7), None, 16)
+    seen = [[i for batch in data.eval_loader(pictures, 2, 0, rank, world) for i in batch["image_id"]]
+            for rank in range(world)]  # fmt: skip
+    assert seen == [list(range(rank, 7, world)) for rank in range(world)]
+    assert [list(data.eval_indices(7, rank, world)) for rank in range(world)] == seen
+
+
+def spoil(items, bad):
+    for i in bad:
+        Path(items[i].image).write_bytes(b"")
+
+
+def test_training_skips_and_names_the_first_three(tokenizer, tmp_path, capsys):
+    items = make_items(tmp_path, 12)
+    spoil(items, range(5))
+    loader = data.train_loader(Pictures(items, tokenizer, 16, captions=2, train=True), 6, steps=8)
+    seen = Counter(i for batch in loader for i in batch["image_id"])
+    assert seen == {i: 4 for i in range(5, 12)}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all("empty" in line for line in said)
+    assert len(loader.bad) == 5  # in each of four epochs, and yet five files
+
+
+@pytest.mark.parametrize("n, n_bad, stops", [(60, 10, False), (60, 11, True), (1200, 12, False), (1200, 13, True)])
+def test_training_stops_beyond_ten_files_and_one_percent(n, n_bad, stops):
+    loader = data.Loader([{"image_id": list(range(n - n_bad)), "bad": [f"{i}.jpg: gone" for i in range(n_bad)]}] * 3,
+                         n, train=True)  # fmt: skip
+    if stops:
+        with pytest.raises(UserError, match=f"11 of|{n_bad} of"):
+            list(loader)
+    else:
+        assert len(list(loader)) == 3
+
+
+def test_a_process_always_has_a_picture(tokenizer, tmp_path):
+    items = make_items(tmp_path, 6)
+    spoil(items, [1, 2])
+    pictures = Pictures(items, tokenizer, 16, captions=1, train=True)
+    for workers in (0, 2):
+        loader = data.train_loader(pictures, 1, workers, steps=12)
+        seen = [batch["image_id"] for batch in loader]
+        assert all(len(ids) == 1 for ids in seen)
+        assert Counter(i for ids in seen for i in ids) == {0: 2, 3: 6, 4: 2, 5: 2}  # 3 steps in for 1 and for 2
+        assert len(loader.bad) == 2
+    spoil(items, range(6))
+    with pytest.raises(UserError, match="none of these pictures"):
+        list(data.train_loader(pictures, 3, steps=4))
+
+
+def test_evaluation_stops_at_a_bad_picture_and_names_it(tokenizer, tmp_path):
+    items = make_items(tmp_path, 6)
+    spoil(items, [4])
+    with pytest.raises(UserError, match=r"4\.png: the file is empty"):
+        list(data.eval_loader(Pictures(items, tokenizer, 16), 2))
+
+
+def test_training_needs_captions(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="image 3 has no caption"):
+        Pictures([Item(3, make_items(tmp_path, 1)[0].image, ())], tokenizer, 16, train=True)[0, 0]
+
+
+# Own data
+
+
+def own_folder(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        gradient(12, 10).save(folder / name)
+    return folder
+
+
+def as_dict(corpus):
+    return {item.image_id: (split, item.captions) for split, items in corpus.splits.items() for item in items}
+
+
+def test_the_three_forms_say_the_same(tmp_path):
+    own_folder(tmp_path, ["a.jpg", "sub/b c.jpg"])
+    (tmp_path / "x.jsonl").write_text(
+        '\ufeff{"image": "a.jpg", "caption": "A dog, wet."}\r\n'
+        '{"image": "./sub/b c.jpg", "captions": ["\u2028Schön", "B"]}\r\n'
+        '\r\n{"image": "a.jpg", "caption": " it says \\"hi\\" "}\r\n', "utf-8", newline="")  # fmt: skip
+    (tmp_path / "x.csv").write_text(
+        '\ufeffImage,Caption\r\na.jpg,"A dog, wet."\r\n'
+        'sub/b c.jpg,Schön\r\nsub/b c.jpg,B\r\na.jpg,"it says ""hi"""\r\n',
+        "utf-8", newline="")  # fmt: skip
+    texts = ['image,caption\r\na.jpg,"A dog, wet."\r\nsub/b c.jpg,Schön\r\nsub/b c.jpg,B\r\na.jpg,it says "hi"\r\n',
+             'a.jpg\tA dog, wet.\r\nsub/b c.jpg\tSchön\r\nsub/b c.jpg\tB\r\n\r\na.jpg\tit says "hi"',
+             'a.jpg#0\tA dog, wet.\nsub/b c.jpg#0\tSchön\nsub/b c.jpg#12\tB\na.jpg#1\tit says "hi"\n']  # fmt: skip
+    expected = {"a.jpg": ("train", ("A dog, wet.", 'it says "hi"')), "sub/b c.jpg": ("train", ("Schön", "B"))}
+    for name in ("x.jsonl", "x.csv"):
+        corpus = load_own(tmp_path / name)
+        assert corpus.name == "x" and as_dict(corpus) == expected, name
+        assert any("fewer than 20" in note for note in corpus.notes)
+        assert any("`best` is `last`" in note for note in corpus.notes)
+        assert all(load_image(item.image, 0).size == (12, 10) for item in corpus.splits["train"])
+    for text in texts:
+        (tmp_path / "captions.txt").write_text("\ufeff" + text, "utf-8", newline="")
+        corpus = load_own(tmp_path)
+        assert as_dict(corpus) == expected and corpus.name == tmp_path.name, text
+
+
+def test_split_names(tmp_path):
+    names = {"train": "train", "Valid": "val", "dev": "val", "val": "val", "TEST": "test", "validation": "val"}
+    own_folder(tmp_path, [f"{i}.jpg" for i in range(len(names))])
+    rows = [{"image": f"{i}.jpg", "caption": "x", "split": split} for i, split in enumerate(names)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "x.csv").write_text(
+        "image,caption,split\n" + "\n".join(f"{row['image']},x, {row['split']}" for row in rows))  # fmt: skip
+    for form in ("x.jsonl", "x.csv"):
+        corpus = load_own(tmp_path / form)
+        assert [as_dict(corpus)[f"{i}.jpg"][0] for i in range(len(names))] == list(names.values())
+        assert not corpus.notes
+
+
+def test_splits_by_hash_are_stable_and_about_90_5_5(tmp_path):
+    own_folder(tmp_path, ["0.jpg"])
+
+    def splits(names):
+        lines = [json.dumps({"image": name, "caption": "x"}) for name in names]
+        (tmp_path / "x.jsonl").write_text("\n".join(lines))
+        return {name: split for name, (split, _) in as_dict(load_own(tmp_path / "x.jsonl")).items()}
+
+    many = splits([f"{i}.jpg" for i in range(2000)])
+    counts = Counter(many.values())
+    assert 1740 < counts["train"] < 1860 and 60 < counts["val"] < 140 and 60 < counts["test"] < 140
+    few = splits([f"{i}.jpg" for i in reversed(range(0, 2000, 9))])
+    assert all(many[name] == split for name, split in few.items())
+    assert [many[f"{i}.jpg"] for i in (0, 2, 5, 39)] == ["train", "test", "val", "test"]  # on every machine, for good
+    assert set(splits([f"{i}.jpg" for i in range(19)]).values()) == {"train"}
+    assert set(splits([f"{i}.jpg" for i in range(20)]).values()) != {"train"}
+
+
+def test_missing_images_are_named(tmp_path):
+    own_folder(tmp_path, ["a.jpg"])
+    (tmp_path / "x.csv").write_text("image,caption\na.jpg,x\n" + "".join(f"no{i}.jpg,x\n" for i in range(5)))
+    notes = " ".join(load_own(tmp_path / "x.csv").notes)
+    assert "5 of 6" in notes and "no0.jpg, no1.jpg, no2.jpg, ..." in notes and "no3" not in notes
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UserError, match="none of its images"):
+        load_own(tmp_path / "x.csv")
+
+
+BAD_OWN = {
+    "empty caption": ("x.jsonl", '{"image": "a.jpg", "caption": "x"}\n{"image": "a.jpg", "caption": " "}', ":2.*empty"),
+    "number as caption": ("x.jsonl", '{"image": "a.jpg", "caption": 5}', ":1.*5"),
+    "null caption": ("x.jsonl", '{"image": "a.jpg", "caption": null}', ":1"),
+    "no captions": ("x.jsonl", '{"image": "a.jpg", "captions": []}', ":1.*captions"),
+    "text as captions": ("x.jsonl", '{"image": "a.jpg", "captions": "x"}', ":1.*captions"),
+    "empty among captions": ("x.jsonl", '{"image": "a.jpg", "captions": ["x", ""]}', ":1.*empty"),
+    "half a character": ("x.jsonl", '{"image": "a.jpg", "caption": "\\ud83d"}', ":1.*Unicode"),
+    "not json": ("x.jsonl", '{"image": "a.jpg", "caption": "x"}\n\n{"image": ', ":3.*JSON"),
+    "a list": ("x.jsonl", "[1]", ":1"),
+    "no image": ("x.jsonl", '{"caption": "x"}', ":1.*image"),
+    "image is a number": ("x.jsonl", '{"image": 3, "caption": "x"}', ":1.*3"),
+    "image name empty": ("x.jsonl", '{"image": "", "caption": "x"}', ":1"),
+    "image is the folder": ("x.jsonl", '{"image": ".", "caption": "x"}', ":1"),
+    "outside": ("x.jsonl", '{"image": "b/../../a.jpg", "caption": "x"}', ":1.*below"),
+    "absolute": ("x.csv", "image,caption\n/etc/a.jpg,x", ":2.*below"),
+    "unknown split": ("x.jsonl", '{"image": "a.jpg", "caption": "x", "split": "dve"}', ":1.*dve"),
+    "split is a number": ("x.jsonl", '{"image": "a.jpg", "caption": "x", "split": 1}', ":1"),
+    "two splits": ("x.csv", "image,caption,split\na.jpg,x,train\na.jpg,y,test", ":3.*train.*test"),
+    "some splits": ("x.csv", "image,caption,split\na.jpg,x,train\nb.jpg,y,", "b.jpg has no split"),
+    "no header": ("x.csv", "a.jpg,x\nb.jpg,y", ":1.*header"),
+    "nothing in the csv": ("x.csv", "", ":1.*header"),
+    "loose comma": ("x.csv", "image,caption\na.jpg,x, y", ":2.*quotes"),
+    "csv without caption": ("x.csv", "image,caption\na.jpg,x\na.jpg", ":3"),
+    "open quote": ("x.csv", 'image,caption\na.jpg,"x\nb.jpg,y\n', "quote"),
+    "header alone": ("x.csv", "image,caption\n", "no image"),
+    "empty file": ("x.jsonl", "\n", "no image"),
+    "no separator": ("captions.txt", "a.jpg\tx\na.jpg x", ":2"),
+    "empty in captions.txt": ("captions.txt", "a.jpg\t", ":1.*empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OWN)
+def test_mistakes_in_own_data_are_named_with_their_line(tmp_path, case):
+    name, text, pattern = BAD_OWN[case]
+    own_folder(tmp_path, ["a.jpg", "b.jpg"])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.*{pattern}"):
+        load_own(tmp_path if name == "captions.txt" else tmp_path / name)
+
+
+def test_own_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"image": "a.jpg", "caption": "schön"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        load_own(tmp_path / "latin.jsonl")
+    with pytest.raises(UserError, match="No such file"):
+        load_own(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match="jsonl"):
+        load_own(tmp_path / "x.parquet")
+
+
+# The check
+
+
+def run_check(*args):
+    command = [sys.executable, "data.py", "check", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_check_of_a_good_set(tmp_path):
+    own_folder(tmp_path, ["a.jpg", "b.jpg"])
+    gradient(50, 30).save(tmp_path / "b.jpg")
+    (tmp_path / "captions.txt").write_text("a.jpg\tone two\na.jpg\tone two three four five six\nb.jpg\tone\n")
+    status, out, _ = run_check(tmp_path)
+    assert status == 0
+    for part in ("2 train", "2 images, 3 captions", "min 1, mean 1.5, max 2", "min 1, mean 3.0, max 6",
+                 "1-5   66.7%", "6-10   33.3%", "smallest 12x10", "largest 50x30", "unreadable: 0", "duplicates: 0"):
+        assert part in out, part
+
+
+def test_check_of_a_broken_set(tmp_path):
+    own_folder(tmp_path, [f"{i}.jpg" for i in range(16)])
+    gradient(50, 30).save(tmp_path / "2.jpg")
+    (tmp_path / "copy.jpg").write_bytes((tmp_path / "2.jpg").read_bytes())
+    rows = [{"image": f"{i}.jpg", "caption": "x y", "split": "train"} for i in range(3, 15)]
+    rows += [{"image": "2.jpg", "caption": "x", "split": "train"},
+             {"image": "copy.jpg", "caption": "x", "split": "test"}]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run_check(tmp_path / "x.jsonl")[0] == 0  # a duplicate is said, but nothing is broken
+    for i in range(3, 15):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+    status, out, _ = run_check(tmp_path / "x.jsonl")
+    assert status == 1 and "unreadable: 12" in out and out.count("the file is empty") == 10
+    assert "1 groups of identical files, 1 of them across splits" in out
+    assert f"{tmp_path / '2.jpg'} (train) = {tmp_path / 'copy.jpg'} (test)" in out
+
+
+def test_check_of_what_cannot_be_loaded(tmp_path):
+    (tmp_path / "x.jsonl").write_text("[]")
+    for args, said in (((tmp_path / "x.jsonl",), "x.jsonl:1"), (("coco", "--root", tmp_path / "no"), "--root")):
+        status, _, error = run_check(*args)
+        assert status == 1 and said in error
+
+
+def test_check_of_a_named_set(extra):
+    status, out, _ = run_check("coco", "--root", extra / "realdata" / "coco_mini")
+    assert status == 0 and "50 images, 250 captions" in out and "51 images, 255 captions" in out
+
+
+def test_importing_is_light():
+    heavy = ("transformers", "torchvision", "tokenizers")
+    code = f"import sys, data, corpora; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
