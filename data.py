@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from common import UserError
@@ -110,11 +110,17 @@ def load_image(image: Path | str | scenes.Scene, size: int) -> Image.Image:
         raise BadImage(image, f"{type(error).__name__}: {error}") from error
 
 
+# Phones store the sensor's view and this EXIF tag. ImageOps.exif_transpose would also write the EXIF anew, and fail on
+# pictures whose other tags are damaged.
+ORIENTATION = 0x0112
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # fmt: skip
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    try:
-        image = ImageOps.exif_transpose(image)  # phones store the sensor's view and an orientation tag
-    except Exception:  # web pictures often carry damaged EXIF over good pixels
-        pass
+    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it, leaving nearly everything white
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
@@ -526,6 +532,7 @@ def _one_thread(worker: int) -> None:
 # Own data
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+HALVES = re.compile("[\ud800-\udfff]")  # of a Unicode character; JSON lets them pass, nothing can write them
 
 
 def load_own(path: Path | str) -> Corpus:
@@ -590,7 +597,7 @@ def _split_by_hash(name: str) -> str:
 
 def below(root: Path, name: object, where: str) -> str:
     """The normalised form of a relative path, which must stay below `root`; a link in there may lead where it likes."""
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not name.strip() or HALVES.search(name):
         raise UserError(f"{where}: the image must be a file name, not {name!r}")
     path = os.path.normpath(name.strip())
     if os.path.isabs(path) or os.path.splitdrive(path)[0] or path.split(os.sep)[0] in ("..", "."):
@@ -603,7 +610,7 @@ def caption_text(caption: object, where: str) -> str:
     text = " ".join(caption.splitlines()).strip() if isinstance(caption, str) else ""
     if not text:
         raise UserError(f"{where}: a caption must be a text that is not empty, not {caption!r}")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if HALVES.search(text):
         raise UserError(f"{where}: the caption {caption!r} holds half a Unicode character; write it anew")
     return text
 

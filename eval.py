@@ -58,6 +58,10 @@ def tokenize_caption(text):
     return [_BRACKETS.get(token, token).replace(" ", "\xa0") for token in _TOKEN.findall(text)]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# BLEU
+
+
 def _same_images(hyps, refs):
     """The ids, in the references' order: sums do not depend on the order in which processes delivered captions."""
     missing, extra = [i for i in refs if i not in hyps], [i for i in hyps if i not in refs]
@@ -69,10 +73,6 @@ def _same_images(hyps, refs):
     if not refs:
         raise UserError("there are no captions to score: the split is empty")
     return list(refs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# BLEU
 
 
 def _ngram_counts(tokens):
@@ -153,9 +153,8 @@ def _ranges(start, count):
     return owner, np.arange(len(owner)) + np.repeat(start - np.cumsum(count) + count, count)
 
 
-def _bigrams(texts):
-    """[H] lengths as coco-caption takes them: counted in bigrams."""
-    return np.array([max(0, len(text) - 1) for text in texts], dtype=int)
+def _lengths(texts):
+    return np.array([len(text) for text in texts], dtype=int)
 
 
 def _find(table, keys):
@@ -193,16 +192,16 @@ class CiderD:
         self.image = np.repeat(np.arange(len(refs)), count)  # [R] image of each reference
         texts = [ref for group in refs.values() for ref in group]
         R = len(texts)
-        self.lengths = _bigrams(texts)
+        self.lengths = _lengths(texts)
         self.log_images = math.log(len(refs) if num_images is None else num_images)
         # Given frequencies enter as texts of their own behind the references, so that their n-grams get ids too.
-        given = {} if document_frequency is None else document_frequency
+        given = document_frequency or {}
         given_df = np.fromiter(given.values(), dtype=float, count=len(given))
         given_n = np.array([len(gram) for gram in given], dtype=int)
         self.vocab, self.orders = {}, []
         for n, (text, gram, keys) in enumerate(self._ngrams(texts + list(given), learn=True)):
             G = len(keys)
-            if given:
+            if document_frequency is not None:
                 df = np.zeros(G)
                 whole = text >= R
                 whole[whole] = given_n[text[whole] - R] == n + 1  # prefixes of a listed n-gram are not listed by it
@@ -210,7 +209,7 @@ class CiderD:
                 text, gram = text[text < R], gram[text < R]
             pairs, tf = np.unique(text * G + gram, return_counts=True)
             text, gram = np.divmod(pairs, G)
-            if not given:
+            if document_frequency is None:
                 df = np.bincount(np.unique(self.image[text] * G + gram) % G, minlength=G)
             idf = self.log_images - np.log(np.maximum(1.0, df))
             weights = tf * idf[gram]
@@ -220,7 +219,7 @@ class CiderD:
     def _ngrams(self, texts, learn=False):
         """Yields, per order 1..4, (text index, n-gram id) of every occurrence and the table of known keys. Ids from
         len(table) on are n-grams that no reference has."""
-        lengths = np.array([len(text) for text in texts], dtype=int)
+        lengths = _lengths(texts)
         vocab = self.vocab  # grows with the hypotheses: a new word's id simply is in no table
         tokens = np.fromiter((vocab.setdefault(w, len(vocab)) for t in texts for w in t), np.int64, int(lengths.sum()))
         text = np.repeat(np.arange(len(texts)), lengths)
@@ -269,7 +268,7 @@ class CiderD:
             dot = np.bincount(pair, np.minimum(weight[element], r) * r, minlength=len(text_of))
             norms = norm[text_of] * ref_norm[ref_of]
             similarity += dot / np.where(norms > 0, norms, 1.0)
-        similarity *= self._length_factor(_bigrams(texts)[text_of], ref_of)
+        similarity *= self._length_factor(_lengths(texts)[text_of], ref_of)
         return 10 / 4 * np.bincount(text_of, similarity, minlength=len(texts)) / count
 
     def score(self, hyps):
@@ -291,7 +290,7 @@ class CiderD:
         each such triple walks once through the references that have the n-gram (an inverted index).
         """
         share = 1 / np.bincount(self.image)[self.image] / (self.image[-1] + 1)  # [R] of a reference in the result
-        lengths, total = _bigrams(texts), np.zeros(len(texts))
+        lengths, total = _lengths(texts), np.zeros(len(texts))
         for (text, gram, tf, weight, norm), (keys, _, pairs, ref_weight, ref_norm) in zip(
             self._vectors(texts), self.orders, strict=True
         ):

@@ -584,11 +584,11 @@ def noun_phrases(statement):
 
 @functools.lru_cache(maxsize=1 << 14)
 def _representatives(world, nps):
-    """Of all objects that could lie hidden, one for each pattern of the noun phrases it matches: all that matters."""
-    kinds = {}
-    for shape, color, fill, size in itertools.product(world.shapes, world.colors, world.fills, world.sizes):
-        o = Obj(shape, color, fill, size, 0, 0, 0)
-        kinds.setdefault(tuple(matches(np, o) for np in nps), o)
+    """What could lie in a slot, one for each pattern of the noun phrases it matches: no statement sees more of it."""
+    kinds = {(False,) * len(nps): None}  # what matches nothing is as good as an empty slot
+    for kind in itertools.product(world.shapes, world.colors, world.fills, world.sizes):
+        o = Obj(*kind, 0, 0, 0)
+        kinds.setdefault(tuple(matches(np, o) for np in nps), kind)
     return tuple(kinds.values())
 
 
@@ -597,8 +597,8 @@ def truth(statement, scene):
     visible = holds(statement, scene.objects)
     if scene.panel is None or (visible and isinstance(statement, MONOTONE)):
         return Truth.TRUE if visible else Truth.FALSE
-    slots = [[()] + [(Obj(o.shape, o.color, o.fill, o.size, x, y, 0),) for o in
-                     _representatives(scene.world, noun_phrases(statement))] for x, y in scene.panel.slots]
+    kinds = _representatives(scene.world, noun_phrases(statement))
+    slots = [[(Obj(*kind, x, y, 0),) if kind else () for kind in kinds] for x, y in scene.panel.slots]
     for first, second in itertools.product(*slots):
         if holds(statement, scene.objects + first + second) != visible:
             return Truth.UNKNOWN
@@ -670,11 +670,11 @@ def _claim(kind, o, scene, rng):
     return None
 
 
-# Lexeme -> [(lexeme, category, meaning)] that differ in exactly one word, and in meaning, but not in number.
+# Lexeme -> [(lexeme, category, meaning)] that differ in exactly one word, and in meaning. (A wrong plural won't parse.)
 _LEXEMES = [(w, c, m) for w, (c, m) in _MEANING.items() if m and w != "one"] + [
     (many, *_MEANING[w]) for many, w in _PLURALS.items() if _MEANING[w][1]]
-_NEIGHBOURS = {a: [(b, c, m) for b, c, m in _LEXEMES if (c, b in _PLURALS) == (category, a in _PLURALS)
-                   and m != meaning and len(b.split()) == len(a.split())
+_NEIGHBOURS = {a: [(b, c, m) for b, c, m in _LEXEMES if c == category and m != meaning
+                   and len(b.split()) == len(a.split())
                    and sum(x != y for x, y in zip(a.split(), b.split(), strict=True)) == 1]
                for a, category, meaning in _LEXEMES}
 _LEXEME = re.compile(rf"\b(?:{_any_of([*_MEANING, *_PLURALS])})\b")

@@ -233,7 +233,7 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, patch: int, width: int):
         halvings = int(math.log2(patch))
-        widths = [3] + [max(32, width >> (halvings - i)) for i in range(1, halvings)] + [width]
+        widths = [3] + [min(width, 32 << i) for i in range(halvings - 1)] + [width]
         layers = []
         for i in range(halvings):
             layers += [nn.Conv2d(widths[i], widths[i + 1], 3, 2, 1), nn.GroupNorm(1, widths[i + 1]), nn.ReLU()]

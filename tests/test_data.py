@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from common import UserError
@@ -60,10 +61,20 @@ def test_orientation_tag_is_applied(tmp_path):
     assert seen[:18].mean() > 240 and seen[22:].mean() < 15
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_every_orientation_is_pillows(tmp_path):
+    for value in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        gradient(40, 24).save(tmp_path / "a.png", exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+        assert np.array_equal(np.asarray(load_image(tmp_path / "a.png", 0)), expected), value
+
+
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):
-    gradient(8, 8).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff\x01\x02")
-    assert load_image(tmp_path / "a.jpg", 0).size == (8, 8)
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    tags = turned + struct.pack(">HHI4s", 0x0115, 2, 4, b"bad\0")  # a text where a number belongs
+    gradient(9, 5).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + bytes(4))
+    assert load_image(tmp_path / "a.jpg", 0).size == (5, 9)
 
 
 def test_sixteen_bit_grey_keeps_its_scale(tmp_path):
@@ -346,17 +357,18 @@ def test_evaluation_samples_are_as_written(tokenizer, tmp_path):
     assert torch.equal(pictures[0]["pixels"], to_pixels(load_image(items[0].image, 16), 16))
 
 
-def test_collate_by_hand():
+@pytest.mark.parametrize("b, e, p", [(1, 2, 0), (9, 9, 9)])  # as BERT's and as GPT-2's
+def test_collate_by_hand(b, e, p):
     def sample(i, *ids):
         return {"image_id": i, "pixels": torch.full((3, 2, 2), i, dtype=torch.uint8), "ids": [list(row) for row in ids]}
 
     samples = [sample(7, (11, 12), (13,)), {"image_id": 5, "bad": "5.jpg: gone"}, sample(9, (), (14, 15, 16))]
-    batch = data.collate(samples, bos=1, eos=2, pad=2)
+    batch = data.collate(samples, bos=b, eos=e, pad=p)
     assert batch["image_id"] == [7, 9] and batch["bad"] == ["5.jpg: gone"]
     assert batch["pixels"].dtype == torch.uint8 and batch["pixels"][:, 0, 0, 0].tolist() == [7, 9]
     assert batch["ids"].dtype == batch["targets"].dtype == torch.int64 and batch["keep_mask"].dtype == torch.bool
-    assert batch["ids"].tolist() == [[1, 11, 12, 2], [1, 13, 2, 2], [1, 2, 2, 2], [1, 14, 15, 16]]
-    assert batch["targets"].tolist() == [[11, 12, 2, -100], [13, 2, -100, -100], [2, -100, -100, -100], [14, 15, 16, 2]]
+    assert batch["ids"].tolist() == [[b, 11, 12, p], [b, 13, p, p], [b, p, p, p], [b, 14, 15, 16]]
+    assert batch["targets"].tolist() == [[11, 12, e, -100], [13, e, -100, -100], [e, -100, -100, -100], [14, 15, 16, e]]
     assert batch["keep_mask"].long().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
@@ -451,6 +463,8 @@ def test_training_skips_and_names_the_first_three(tokenizer, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all("empty" in line for line in said)
     assert len(loader.bad) == 5  # in each of four epochs, and yet five files
+    loader = data.train_loader(Pictures(items[3:], tokenizer, 16, captions=2, train=True), 9, steps=4)
+    assert len(list(loader)) == 4 and len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize("n, n_bad, stops", [(60, 10, False), (60, 11, True), (1200, 12, False), (1200, 13, True)])
@@ -462,6 +476,12 @@ def test_training_stops_beyond_ten_files_and_one_percent(n, n_bad, stops):
             list(loader)
     else:
         assert len(list(loader)) == 3
+
+
+def test_files_that_break_late_are_measured_against_all_files():
+    good, late = {"image_id": [0] * 1000, "bad": []}, {"image_id": [0] * 989, "bad": [f"{i}: gone" for i in range(11)]}
+    with pytest.raises(UserError, match="11 of the first 1000"):
+        list(data.Loader([good, good, good, late], 1000, train=True))
 
 
 def test_a_process_always_has_a_picture(tokenizer, tmp_path):
@@ -584,6 +604,7 @@ BAD_OWN = {
     "a list": ("x.jsonl", "[1]", ":1"),
     "no image": ("x.jsonl", '{"caption": "x"}', ":1.*image"),
     "image is a number": ("x.jsonl", '{"image": 3, "caption": "x"}', ":1.*3"),
+    "half a character in a name": ("x.jsonl", '{"image": "\\ud83d.jpg", "caption": "x"}', ":1"),
     "image name empty": ("x.jsonl", '{"image": "", "caption": "x"}', ":1"),
     "image is the folder": ("x.jsonl", '{"image": ".", "caption": "x"}', ":1"),
     "outside": ("x.jsonl", '{"image": "b/../../a.jpg", "caption": "x"}', ":1.*below"),
@@ -599,7 +620,7 @@ BAD_OWN = {
     "open quote": ("x.csv", 'image,caption\na.jpg,"x\nb.jpg,y\n', "quote"),
     "header alone": ("x.csv", "image,caption\n", "no image"),
     "empty file": ("x.jsonl", "\n", "no image"),
-    "no separator": ("captions.txt", "a.jpg\tx\na.jpg x", ":2"),
+    "no separator": ("captions.txt", "a.jpg\tx\na.jpg x", ":2.*file,caption"),
     "empty in captions.txt": ("captions.txt", "a.jpg\t", ":1.*empty"),
 }
 

@@ -53,8 +53,9 @@ def test_tokenizer(raw, tokens):
 
 def test_bleu_by_hand():
     hyps = words(x="a a b", y="c d e")
-    refs = words(x=["a b c d"], y=["c d e f", "c d"])
-    # x: 'a' is clipped to 1: 2 of 3 words, 1 of 2 pairs (a b), 0 of 1 triples; 3 words against 4: brevity e^(1 - 4/3)
+    refs = words(x=["a b c d", "a w w w"], y=["c d e f", "c d"])
+    # x: 'a' is clipped to 1, the most of it in one reference: 2 of 3 words, 1 of 2 pairs (a b), 0 of 1 triples; 3 words
+    # against 4: brevity e^(1 - 4/3)
     alone = scoring.bleu_per_image(hyps, refs)["x"]
     assert alone["BLEU_1"] == pytest.approx(math.exp(-1 / 3) * 2 / 3, abs=1e-8)
     assert alone["BLEU_2"] == pytest.approx(math.exp(-1 / 3) * math.sqrt(2 / 3 * 1 / 2), abs=1e-8)
@@ -67,9 +68,9 @@ def test_bleu_by_hand():
 
 
 def test_rouge_by_hand():
-    # Common subsequences: a c d (3 of 6 words of the first reference), b d (2 of 2 of the second). Precision
-    # max(3, 2)/4, recall max(3/6, 2/2), each its own maximum: F = (1 + 1.44) 3/4 1 / (1 + 1.44 3/4) = 1.83 / 2.08
-    mean, values = scoring.rouge_l(words(i="a b c d", j="x"), words(i=["a c d e f g", "b d"], j=["y"]))
+    # Common subsequences: b d (2 of 2 words of the first reference), a c d (3 of 6 of the second). Precision
+    # max(2, 3)/4, recall max(2/2, 3/6), each its own maximum: F = (1 + 1.44) 3/4 1 / (1 + 1.44 3/4) = 1.83 / 2.08
+    mean, values = scoring.rouge_l(words(i="a b c d", j="x"), words(i=["b d", "a c d e f g"], j=["y"]))
     assert values == {"i": pytest.approx(1.83 / 2.08), "j": 0.0}
     assert mean == pytest.approx(1.83 / 4.16)
 
@@ -88,7 +89,7 @@ def test_cider_by_hand():
     scorer = scoring.CiderD(words(x=["a b"], y=["c d"]))  # every n-gram in one of two images: idf = ln 2 throughout
     # x: the words and the pair agree: (1 + 1 + 0 + 0) / 4 * 10
     # y: words c, d d d against c, d: min 1 1 + min(3, 1) 1 = 2 over sqrt(10) sqrt(2); pairs c d, d d twice (not
-    #    known, df 1) against c d: 1 over sqrt(1 + 4) 1; lengths 3 and 1 in pairs: e^(-(3 - 1)^2 / (2 6^2)) = e^(-1/18)
+    #    known, df 1) against c d: 1 over sqrt(1 + 4) 1; lengths 4 and 2: e^(-(4 - 2)^2 / (2 6^2)) = e^(-1/18)
     mean, values = scorer.score(words(x="a b", y="c d d d"))
     expected = 10 / 4 * (2 / math.sqrt(20) + 1 / math.sqrt(5)) * math.exp(-1 / 18)
     assert values == {"x": pytest.approx(5.0), "y": pytest.approx(expected)}
@@ -109,11 +110,16 @@ def test_cider_of_given_frequencies_by_hand():
     # 4 images: idf of a = ln 4/4 = 0, of b = ln 4, of the pair = ln 4, of z, unknown, ln 4
     frequency = {("a",): 4, ("b",): 1, ("a", "b"): 1, ("q", "b"): 4}
     scorer = scoring.CiderD(words(x=["a b"], y=["q"]), document_frequency=frequency, num_images=4)
-    values = scorer.score_many("x", [["a", "b"], ["a"], ["b"], ["b", "z"], ["q", "b"]]).tolist()
+    values = scorer.score_many("x", [["a", "b"], ["a"], ["b"], ["b", "z"], ["q", "b"], ["b", "y", "z"]]).tolist()
     # q: not listed itself, only as the start of a listed pair, so ln 4; the pair q b has idf 0
-    shorter = math.exp(-1 / 72)
-    assert values == pytest.approx([5.0, 0.0, 2.5 * shorter, 2.5 / math.sqrt(2), 2.5 / math.sqrt(2)])
+    off_by_one = math.exp(-1 / 72)  # in length
+    assert values == pytest.approx([
+        5.0, 0.0, 2.5 * off_by_one, 2.5 / math.sqrt(2), 2.5 / math.sqrt(2), 2.5 / math.sqrt(3) * off_by_one
+    ])  # fmt: skip
     assert scorer.score_many("y", [["q"]])[0] == pytest.approx(2.5)
+    # frequencies of which none is known: every idf is ln 2, although both images have every n-gram
+    scorer = scoring.CiderD(words(x=["a b"], y=["a b"]), document_frequency={}, num_images=2)
+    assert scorer.score_many("x", [["a", "b"]])[0] == pytest.approx(5.0)
 
 
 def test_cider_of_one_image_is_zero():
@@ -133,13 +139,23 @@ def test_cider_of_ids_equals_cider_of_words():
         assert as_ids.score_many(i, [[ids["h"]] * 9, [ids[w] for w in hyps[i]]])[1] == pytest.approx(expected[i])
 
 
-def test_caption_metrics_read_raw_text_and_ignore_the_order_of_delivery():
+def test_caption_metrics_read_raw_text():
     refs = {1: ["A red disc.", "a disc"], 2: ["Two blue squares!"], 3: ["There isn't a star."]}
     hyps = {3: "there isn't a star", 1: "A DISC", 2: "Two, blue; squares"}
     metrics = scoring.caption_metrics(hyps, refs)
     assert list(metrics) == ["BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr_D"]
     assert metrics["BLEU_2"] == pytest.approx(1) and metrics["ROUGE_L"] == pytest.approx(1)
-    assert metrics == scoring.caption_metrics(dict(sorted(hyps.items())), refs)
+    tokens = words(a=["a red disc", "a disc"], b=["two blue squares"], c=["there is n't a star"])
+    expected, _ = scoring.CiderD(tokens).score(words(a="a disc", b="two blue squares", c="there is n't a star"))
+    assert metrics["CIDEr_D"] == pytest.approx(expected)
+
+
+def test_caption_metrics_ignore_the_order_of_delivery():
+    rng = random.Random(3)  # to the last bit: two processes deliver in another order than one
+    refs = {i: random_captions(rng, 3) for i in range(300)}
+    hyps = {i: random_captions(rng, 1)[0] for i in refs}
+    backwards = dict(sorted(hyps.items(), reverse=True))
+    assert scoring.caption_metrics(hyps, refs) == scoring.caption_metrics(backwards, refs)
 
 
 def test_mistakes_are_named():

@@ -62,8 +62,12 @@ def judge_all(s, scene):
     w = scene.world
     kinds = list(itertools.product(w.shapes, w.colors, w.fills, w.sizes))
     slots = [[[]] + [[Obj(*kind, x, y, 0.1)] for kind in kinds] for x, y in scene.panel.slots] if scene.panel else []
-    verdicts = {judge(s, [*scene.objects, *sum(filling, [])]) for filling in itertools.product(*slots)}
-    return Truth.UNKNOWN if len(verdicts) == 2 else Truth.TRUE if verdicts.pop() else Truth.FALSE
+    verdicts = set()
+    for filling in itertools.product(*slots):
+        verdicts.add(judge(s, [*scene.objects, *sum(filling, [])]))
+        if len(verdicts) == 2:
+            return Truth.UNKNOWN
+    return Truth.TRUE if verdicts.pop() else Truth.FALSE
 
 
 def random_np(rng, world, empty=0.5):
@@ -100,7 +104,7 @@ def all_words(*categories):
 
 def test_is_true_agrees_with_brute_force_over_all_fillings():
     rng, verdicts = random.Random(1), collections.Counter()
-    for scene in some(MINI, "train", 40):
+    for scene in some(MINI, "train", 30):
         for kind in KINDS:
             for _ in range(6):
                 statement = random_statement(rng, MINI, kind)
@@ -115,13 +119,13 @@ def test_is_true_agrees_with_brute_force_over_all_fillings():
 def test_captions_and_edits_agree_with_brute_force():
     rng, edits = random.Random(2), 0
     for split in scenes.SPLITS:
-        for scene in some(MINI, split, 25):
+        for scene in some(MINI, split, 15):
             for caption in scenes.captions(scene):
                 assert judge_all(scenes.parse(caption), scene) is Truth.TRUE, (caption, scene)
                 if wrong := scenes.edited(caption, scene, rng):
                     assert judge_all(scenes.parse(wrong), scene) is Truth.FALSE, (caption, wrong, scene)
                     edits += scene.panel is not None
-    assert edits > 20
+    assert edits > 10
 
 
 def test_more_attributes_than_brute_force_can_try():
@@ -249,7 +253,7 @@ def test_parse_by_hand(sentence, statement):
     "", ".", "a", "red", "circle", "a circle red", "a red blue circle", "a large small box", "a boxes", "two box",
     "one boxes", "a red circle a box", "a red circle and", "a red circle left a box", "there is two boxes",
     "a redcircle", "{one}", "{one} and a box", "a red circle on the leftish", "a teapot", "every box is",
-    "more boxes than a disc",
+    "more boxes than a disc", "two a boxes", "there is no {bare}", "{rel} {bare}",
 ])
 def test_parse_refuses(sentence):
     assert scenes.parse(sentence) is None
@@ -264,7 +268,10 @@ def test_captions_are_true_different_and_say_something(world, split):
     for scene in some(world, split, 500):
         sentences = scenes.captions(scene)
         assert len(sentences) == len(set(sentences)) == 5
-        assert scenes.captions(scene, 2) == sentences[:2]
+        assert scenes.captions(scene, 2) == sentences[:2] and scenes.captions(scene, 8)[:5] == sentences
+        if split == "test_compositional":  # the first caption, which retrieval ranks, is about what is new
+            assert any(scenes.matches(np, o) for np in scenes.noun_phrases(scenes.parse(sentences[0]))
+                       for o in scene.objects if (o.color, o.shape) in scene.world.held_out)
         for sentence in sentences:
             statement = scenes.parse(sentence)
             assert scenes.is_true(sentence, scene) is Truth.TRUE, (sentence, scene)
@@ -293,7 +300,7 @@ def test_captions_mention_different_objects():
 @pytest.mark.parametrize(("world", "split"), EVERYWHERE)
 def test_edits_change_one_word_and_are_false(world, split):
     rng, changed, impossible = random.Random(5), collections.Counter(), 0
-    for scene in some(world, split, 200):
+    for scene in some(world, split, 120):
         said = {word for o in scene.objects for word in (o.color, o.shape, o.size, o.fill)}
         for caption in scenes.captions(scene):
             wrong = scenes.edited(caption, scene, rng)
@@ -310,6 +317,7 @@ def test_edits_change_one_word_and_are_false(world, split):
                 assert np.fill != "solid" and np.color in (None, *scene.world.colors)
                 assert np.shape in (None, *scene.world.shapes)
                 assert split == "test_compositional" or (np.color, np.shape) not in scene.world.held_out
+            assert getattr(statement, "n", 1) <= scene.world.max_objects
             old = scenes.parse(caption)
             for field in ("rel", "n", "place"):
                 changed[field] += getattr(old, field, None) != getattr(statement, field, None)

@@ -1,0 +1,205 @@
+"""The engine: flags, precedence, schedule, optimizer groups, run directories, checkpoints, log."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import common
+from common import UserError
+
+
+@dataclass
+class Config(common.RunConfig):
+    depth: int = 4  # layers of the thing
+    rate: float = 0.5  # 10 % of something
+    loud: bool = True  # HERE[x-1] (not in the paper): say it
+    steps: int = 0  # optimizer steps
+    epochs: float = 1.0  # passes
+
+
+PRESETS = {"tiny": dict(depth=1, rate=0.1, steps=7), "small": dict(depth=2), "base": {}}
+RECIPES = {("caption", "tiny"): dict(rate=0.2), ("caption", "tiny", "coco"): dict(depth=3)}
+
+
+def parse(*argv):
+    return common.parse_flags(Config, list(argv), "x.py", {"ask": dict(nargs="+", help="ask")})
+
+
+def test_flags_come_from_the_dataclass():
+    given, commands = parse("--depth", "3", "--rate=0.25", "--no-loud", "--ask", "a.jpg", "b.jpg")
+    assert given == {"depth": 3, "rate": 0.25, "loud": False} and commands.ask == ["a.jpg", "b.jpg"]
+    assert parse("--log-every", "3")[0] == parse("--log_every", "3")[0] == {"log_every": 3}
+    assert parse("--out", "runs/a_b")[0] == {"out": "runs/a_b"}, "only flags are respelled, never values"
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--dept", "3"], "unknown flag --dept; did you mean --depth?"),
+        (["--qqqq"], "unknown flag --qqqq"),
+        (["--depth", "many"], "invalid int value: 'many'"),
+        (["--depth"], "expected one argument"),
+    ],
+)
+def test_wrong_flags_say_what_to_do(argv, told):
+    with pytest.raises(UserError, match=told.replace("?", r"\?")):
+        parse(*argv)
+
+
+def test_help_shows_comments_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "layers of the thing [4]" in text and "10 % of something [0.5]" in text and "say it [True]" in text
+    assert "x-1" not in text and "of initialisation, data order" in text
+    assert set(common.field_comments(Config)) == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_precedence_dataclass_preset_recipe_init_flags():
+    def build(architecture=None, **given):
+        return common.build_config(Config, given, PRESETS, RECIPES, architecture)
+
+    assert (build().preset, build().depth, build().rate, build().loud) == ("tiny", 1, 0.1, True)
+    assert build(task="caption").rate == 0.2
+    assert build(task="caption", data="coco", preset="tiny").depth == 3
+    assert build({"depth": 9}, task="caption").depth == 9
+    assert build({"depth": 9}, depth=11).depth == 11
+    assert build(epochs=2.0).steps == 0, "--epochs overrules a preset's steps"
+    with pytest.raises(UserError, match="contradict"):
+        build(steps=1, epochs=2.0)
+    with pytest.raises(UserError, match="did you mean small"):
+        build(preset="smal")
+
+
+def test_default_presets(tmp_path):
+    found = [common.default_preset(d) for d in ("scenes", "flickr8k", "coco", "mine.jsonl", "mine.csv", str(tmp_path))]
+    assert found == ["tiny", "small", "base", "small", "small", "small"]
+
+
+def test_schedule_by_hand():
+    # 10 steps, 20 % warm-up: 1/2, 1, then 8 steps down a straight line that would reach 0 at step 10
+    found = [common.linear_schedule(s, 10, 0.2) for s in range(10)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear, self.norm = nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.positions = nn.Parameter(torch.zeros(3, 4))
+        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+
+def test_adamw_groups():
+    net = Net()
+    optimizer = common.adamw(net, lambda name: 1.0 if "linear" in name else 0.1, 0.01)
+    where = {id(p): (g["peak"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert where[id(net.linear.weight)] == (1.0, 0.01) and where[id(net.linear.bias)] == (1.0, 0.0)
+    assert {where[id(p)] for p in (net.embed.weight, net.norm.weight, net.positions)} == {(0.1, 0.0)}
+    assert id(net.frozen) not in where
+
+
+class Words:
+    def save(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def machine():
+    return common.Machine(torch.device("cpu"), torch.float32, 0, 1, 0, "test")
+
+
+def test_run_directories(tmp_path, monkeypatch, machine):
+    monkeypatch.chdir(tmp_path)
+    paths = [common.Run.create("m", Config(), machine).path for _ in range(3)]
+    assert [str(p) for p in paths] == ["runs/m-scenes", "runs/m-scenes-2", "runs/m-scenes-3"]
+    assert common.Run.create("m", Config(data="x/mine.jsonl", task="caption"), machine).path.name == "m-mine-caption"
+    common.Run.create("m", Config(out="here"), machine)
+    with pytest.raises(UserError, match="--resume here"):
+        common.Run.create("m", Config(out="here"), machine)
+    assert json.loads((paths[0] / "config.json").read_text())["depth"] == 4
+
+
+def test_checkpoints_links_and_reading_back(tmp_path, machine):
+    run, net = common.Run.create("m", Config(out=str(tmp_path / "r")), machine), Net()
+    optimizer = common.adamw(net, lambda name: 1.0, 0.01)
+    net.linear(net.embed(torch.tensor([1]))).sum().backward()
+    optimizer.step()
+    for step, is_best in ((1, True), (2, False), (3, False)):
+        run.save(step, net, Words(), optimizer, {"best": 0.5}, is_best)
+    assert (run.path / "last").resolve().name == "step_3" and (run.path / "best").resolve().name == "step_1"
+    assert sorted(p.name for p in run.path.glob("step_*")) == ["step_1", "step_3"]
+    where, values = common.find_checkpoint(str(run.path), "m")
+    assert where.name == "step_1" and values["depth"] == 4
+    assert common.find_checkpoint(str(run.path), "m", prefer="last")[0].name == "step_3"
+    assert common.find_checkpoint(str(run.path / "step_3"), "m")[0].name == "step_3"
+    other, other_optimizer = Net(), None
+    common.load_model_weights(other, where)
+    assert torch.equal(other.linear.weight, net.linear.weight)
+    other_optimizer = common.adamw(other, lambda name: 1.0, 0.01)
+    torch.manual_seed(5)
+    assert common.load_training_state(run.path / "last", other_optimizer) == (3, 0.5)
+    assert torch.equal(other_optimizer.state[other.linear.weight]["exp_avg"], optimizer.state[net.linear.weight]["exp_avg"])
+    with pytest.raises(UserError, match="run of m.py, not of other.py"):
+        common.find_checkpoint(str(run.path), "other")
+    with pytest.raises(UserError, match="not a run directory"):
+        common.find_checkpoint(str(tmp_path), "m")
+    with pytest.raises(UserError, match="another network"):
+        common.load_model_weights(nn.Linear(3, 3), where)
+    (where / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="nothing in it was run"):
+        common.load_model_weights(other, where)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, machine):
+    run, net = common.Run.create("m", Config(out=str(tmp_path / "r")), machine), Net()
+    optimizer = common.adamw(net, lambda name: 1.0, 0.01)
+    run.save(1, net, Words(), optimizer, {"best": 0.0}, True)
+
+    class Full:
+        def save(self, folder):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError):
+        run.save(2, net, Full(), optimizer, {"best": 0.0}, True)
+    assert common.find_checkpoint(str(run.path), "m", prefer="last")[0].name == "step_1"
+    assert not (run.path / "step_2").exists()
+
+
+def test_log_line_and_jsonl(tmp_path, machine, capsys):
+    run = common.Run.create("m", Config(out=str(tmp_path / "r")), machine)
+    log = common.Logger(run, machine, steps=4, every=2)
+    for step in range(1, 5):
+        log.step(step, {"loss": torch.tensor(1.5)}, 1e-3, torch.tensor(0.25), 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].split()[:6] == ["step", "4/4", "loss", "1.500", "lr", "1.0e-03"]
+    records = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 4] and records[0]["grad_norm"] == 0.25 and records[0]["mfu"] == 0
+
+
+def test_device_errors_name_the_way_out(monkeypatch):
+    with pytest.raises(UserError, match="did you mean cuda"):
+        common.start_machine(Config(device="cudda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu"):
+        common.start_machine(Config(device="cuda"))
+    machine = common.start_machine(Config(workers=0, device="cpu", dtype="bf16"))
+    assert machine.dtype == torch.bfloat16 and "cpu" in machine.reason and "--dtype" in machine.reason
+
+
+def test_table():
+    text = common.table({"a": {"x": 0.5, "y": 1.0}, "b": {"x": 0.25}})
+    assert [line.split() for line in text.splitlines()] == [["a", "b"], ["x", "0.500", "0.250"], ["y", "1.000", "-"]]
+
+
+def test_contact_sheet(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "sheet.png"
+    common.contact_sheet(path, [Image.new("RGB", (50, 50), "red")] * 5, ["a\nb"] * 5, columns=4, side=40)
+    sheet = Image.open(path)
+    assert sheet.width == 4 * 52 + 12 and sheet.getpixel((12 + 20, 12 + 20)) == (255, 0, 0)
