@@ -99,8 +99,7 @@ def load_image(image: Path | str | scenes.Scene, size: int) -> Image.Image:
         return scenes.render(image, size)
     try:
         with Image.open(image) as opened:
-            opened.load()  # Image.open reads only the header; a cut-off file shows here
-            return _to_rgb(opened)
+            return _to_rgb(opened)  # Image.open reads only the header; what is cut off shows here
     except FileNotFoundError:
         raise BadImage(image, "no such file") from None
     except UnidentifiedImageError:
@@ -743,6 +742,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import data  # run as a script this file is `__main__`; corpora must meet the same classes that it imports
-
-    sys.exit(data.main())
+    sys.exit(main())

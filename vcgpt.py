@@ -236,7 +236,7 @@ class ConvStem(nn.Sequential):
         widths = [3] + [min(width, 32 << i) for i in range(halvings - 1)] + [width]
         layers = []
         for i in range(halvings):
-            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, 2, 1), nn.GroupNorm(1, widths[i + 1]), nn.ReLU()]
+            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1), nn.GELU()]
         super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1))
 
 

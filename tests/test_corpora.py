@@ -132,7 +132,7 @@ def test_of_two_releases_the_one_with_pictures_is_taken(tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"{split}2014").rename(tmp_path / f"elsewhere{split}")
     corpus = load("coco", tmp_path)
-    assert corpus.splits["test"][0].image.parent.name == "val2017"
+    assert corpus.splits["test"][0].image.parent.name == "val2017" and "val2017 serves as test" in corpus.notes[0]
     coco_root(tmp_path)  # and a Karpathy file comes before both
     assert ids(load("coco", tmp_path))["val"] == [133]
 
@@ -208,7 +208,7 @@ def test_files_that_are_not_of_the_form(tmp_path, text):
 
 
 def test_missing_roots_and_files_say_where_was_looked(tmp_path):
-    with pytest.raises(UserError, match="(?s)nowhere.*--root"):
+    with pytest.raises(UserError, match="(?s)nowhere does not exist.*--root"):
         load("coco", tmp_path / "nowhere")
     with pytest.raises(UserError, match="(?s)karpathy.*annotations.*captions_val2014.json.*dataset_coco.json"):
         load("coco", tmp_path)
