@@ -1,7 +1,7 @@
 """The engine under the four papers: flags, processes, optimizer, schedule, checkpoints, logs, run directories.
 
-Nothing here knows a model. A model file brings a dataclass, a network and a visible training loop; this file brings what
-a fifth paper would use unchanged.
+Nothing here knows a model. A model file brings a dataclass, a network and a visible training loop; this file brings
+what a fifth paper would use unchanged.
 
 Reading map: errors | flags from the dataclass | device, dtype, processes | optimizer and schedule | weights | run
 directory and checkpoints | log | pictures and tables.
@@ -105,7 +105,9 @@ def parse_flags(config_class, argv: list[str], prog: str, extra: dict[str, dict]
     UserError naming the nearest one; hyphens and underscores are the same.
     """
     comments = field_comments(config_class)
-    parser = Parser(prog=prog, allow_abbrev=False, usage=f"{prog} [--flag value ...]", argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        prog=prog, allow_abbrev=False, usage=f"{prog} [--flag value ...]", argument_default=argparse.SUPPRESS
+    )
     for field in dataclasses.fields(config_class):
         flag = "--" + field.name.replace("_", "-")
         help_text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
@@ -212,7 +214,9 @@ def start_machine(cfg: RunConfig) -> Machine:
     workers = cfg.workers if cfg.workers >= 0 else min(8, cores - 1)
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    reason = f"{device.type} ({why}), {str(dtype).removeprefix('torch.')} ({why2}), {world} process(es), {workers} workers"
+    reason = (
+        f"{device.type} ({why}), {str(dtype).removeprefix('torch.')} ({why2}), {world} process(es), {workers} workers"
+    )
     return Machine(device, dtype, rank, world, workers, reason)
 
 
@@ -322,14 +326,16 @@ def read_tensors(path: Path) -> dict:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run") from error
+        raise UserError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run"
+        ) from error
 
 
 def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], what: str, may_lack: str = "") -> None:
     """Fill `module` from official `state`: names maps our key -> their key, or a list of keys to concatenate.
 
-    Every key must be used once, or start with an entry of `not_used`; every parameter of ours must be filled, save those
-    whose name contains `may_lack`. Otherwise UserError with the lists, and nothing is changed.
+    Every key must be used once, or start with an entry of `not_used`; every parameter of ours must be filled, save
+    those whose name contains `may_lack`. Otherwise UserError with the lists, and nothing is changed.
     """
     wanted = [key for theirs in names.values() for key in ([theirs] if isinstance(theirs, str) else theirs)]
     ours = module.state_dict()
@@ -341,7 +347,11 @@ def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], wh
         told = "; ".join(f"{title}: {', '.join(keys[:5])} ({len(keys)} in all)" for title, keys in lists if keys)
         raise UserError(f"these weights are not {what} of this size and form. {told}")
     new = {k: state[t] if isinstance(t, str) else torch.cat([state[x] for x in t]) for k, t in names.items()}
-    wrong = [f"{k}: {tuple(new[k].shape)} in the file, {tuple(ours[k].shape)} here" for k in new if new[k].shape != ours[k].shape]
+    wrong = [
+        f"{k}: {tuple(new[k].shape)} in the file, {tuple(ours[k].shape)} here"
+        for k in new
+        if new[k].shape != ours[k].shape
+    ]
     if wrong:
         raise UserError(f"{what} weights of other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
     module.load_state_dict(new, strict=not may_lack)
@@ -352,7 +362,7 @@ def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], wh
 
 
 class Run:
-    """runs/<model>-<data>[-<task>]: config.json, log.jsonl, step_N/, links `last` and `best`, metrics.json, pictures."""
+    """runs/<model>-<data>[-<task>]: config.json, log.jsonl, step_N/, links `last` and `best`, metrics, pictures."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -525,7 +535,8 @@ class Logger:
         name = torch.cuda.get_device_name() if self.machine.device.type == "cuda" else ""
         peak = next((flops for gpu, flops in PEAKS.items() if gpu in name), 0.0) * self.machine.world
         record = {
-            "step": step, **{k: round(float(v), 4) for k, v in losses.items()}, "lr": lr, "grad_norm": round(float(norm), 3),
+            "step": step, **{k: round(float(v), 4) for k, v in losses.items()}, "lr": lr,
+            "grad_norm": round(float(norm), 3),
             "samples_per_s": round(self.items / seconds, 1),
             "mfu": round(self.flops_per_item * self.items / seconds / peak, 4) if peak else 0,
             "data_wait": round(self.waited / seconds, 4), "memory_gib": round(memory, 2),
@@ -613,9 +624,10 @@ def curves(path: Path, log: Path) -> str:
 def table(columns: dict[str, dict[str, float]]) -> str:
     """{column title: {row name: number}} as aligned text; a missing number is a dash."""
     rows = list(dict.fromkeys(name for column in columns.values() for name in column))
-    width = max(map(len, rows)) + 2
-    lines = [" " * width + "".join(f"{title:>20}" for title in columns)]
+    first = max(map(len, rows)) + 2
+    widths = [max(len(title), 5) + 3 for title in columns]
+    lines = [" " * first + "".join(f"{title:>{w}}" for title, w in zip(columns, widths, strict=True))]
     for row in rows:
-        cells = "".join(f"{column[row]:>20.3f}" if row in column else f"{'-':>20}" for column in columns.values())
-        lines.append(f"{row:<{width}}" + cells)
+        cells = [f"{column[row]:.3f}" if row in column else "-" for column in columns.values()]
+        lines.append(f"{row:<{first}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     return "\n".join(lines)

@@ -614,7 +614,7 @@ def is_true(sentence, scene):
 # ---- Captions and their edits ---------------------------------------------------------------------------------------
 
 ONE_OBJECT = (Place, Exists, Count, Place, Exists)
-MORE_OBJECTS = (Relation, Both, Place, Count, Relation)  # Exists where one of these cannot be said
+MORE_OBJECTS = (Relation, Both, Place, Count, Exists)  # one of each; Exists where one of these cannot be said
 
 
 def captions(scene, k=5):

@@ -143,7 +143,9 @@ def test_checkpoints_links_and_reading_back(tmp_path, machine):
     other_optimizer = common.adamw(other, lambda name: 1.0, 0.01)
     torch.manual_seed(5)
     assert common.load_training_state(run.path / "last", other_optimizer) == (3, 0.5)
-    assert torch.equal(other_optimizer.state[other.linear.weight]["exp_avg"], optimizer.state[net.linear.weight]["exp_avg"])
+    assert torch.equal(
+        other_optimizer.state[other.linear.weight]["exp_avg"], optimizer.state[net.linear.weight]["exp_avg"]
+    )
     with pytest.raises(UserError, match="run of m.py, not of other.py"):
         common.find_checkpoint(str(run.path), "other")
     with pytest.raises(UserError, match="not a run directory"):

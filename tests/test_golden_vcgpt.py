@@ -18,7 +18,9 @@ class Ledger:
 
     def __init__(self, path):
         self.path, self.arrays = path, np.load(path, allow_pickle=False)
-        self.to_cover = {k for k in self.arrays.files if not k.startswith(("weights/", "inputs/")) and k != "config_json"}
+        self.to_cover = {
+            k for k in self.arrays.files if not k.startswith(("weights/", "inputs/")) and k != "config_json"
+        }
         self.compared, self.worst = set(), 0.0
 
     def has(self, *keys):

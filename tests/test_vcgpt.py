@@ -29,7 +29,9 @@ def network(variant="vcgpt", seed=0, **changes):
 
 def inputs(B=2, k=3, T=7, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (B, 3, 32, 32), generator=g).to(torch.uint8), torch.randint(0, V, (B * k, T), generator=g)
+    return torch.randint(0, 256, (B, 3, 32, 32), generator=g).to(torch.uint8), torch.randint(
+        0, V, (B * k, T), generator=g
+    )
 
 
 @torch.no_grad()
@@ -77,7 +79,9 @@ def test_readings_a_and_b_of_the_figure():
     assert (a(pixels, ids) - b(pixels, ids)).abs().max() > 1e-3
     for model, wanted in ((a, [0, 1]), (b, [1, 1])):
         outputs = []
-        hooks = [block.register_forward_hook(lambda _, __, out, kept=outputs: kept.append(out)) for block in model.visual]
+        hooks = [
+            block.register_forward_hook(lambda _, __, out, kept=outputs: kept.append(out)) for block in model.visual
+        ]
         kvs = model.encode_image(pixels)
         for hook in hooks:
             hook.remove()
@@ -106,7 +110,9 @@ def test_two_rates_and_no_decay_on_norms_biases_embeddings():
     found = {names[id(p)]: g for g in vcgpt.make_optimizer(model.cfg, model).param_groups for p in g["params"]}
     rate, decay = {n: g["peak"] for n, g in found.items()}, {n: g["weight_decay"] for n, g in found.items()}
     assert rate["clip.patches.weight"] == rate["gpt2.blocks.0.attn.qkv.weight"] == 2e-5
-    assert rate["gpt2.blocks.0.cross.q.weight"] == rate["gpt2.blocks.0.norm_cross.bias"] == rate["project.weight"] == 1e-4
+    assert (
+        rate["gpt2.blocks.0.cross.q.weight"] == rate["gpt2.blocks.0.norm_cross.bias"] == rate["project.weight"] == 1e-4
+    )
     assert decay["gpt2.blocks.0.mlp.up.weight"] == decay["clip.patches.weight"] == 0.01
     no_decay = "gpt2.wte.weight gpt2.wpe.weight clip.positions gpt2.ln_f.weight clip.blocks.0.mlp.up.bias".split()
     assert not any(decay[name] for name in no_decay)
@@ -178,8 +184,8 @@ def test_overfits_eight_pictures_and_reads_their_captions_back(variant):
         other = vcgpt.loss_lm(model(pixels.roll(1, 0), ids, targets), targets.flatten())
     assert other > 1.0, "the captions are known by heart without the pictures"
     wanted = [Letters().decode(row) for row in words.tolist()]
-    assert vcgpt.caption(model, pixels, beam=1) == wanted
-    assert vcgpt.caption(model, pixels, beam=3) == wanted
+    assert vcgpt.generate(model, pixels, beam=1) == wanted
+    assert vcgpt.generate(model, pixels, beam=3) == wanted
 
 
 @pytest.mark.parametrize("variant", ["vcgpt", "vcgpt_wo_se", "vanilla"])
@@ -230,18 +236,24 @@ def official(tmp_path_factory):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(["a red circle"], trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        ["a red circle"], trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    )
     end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end).save_pretrained(folder / "gpt2")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end).save_pretrained(
+        folder / "gpt2"
+    )
     torch.manual_seed(0)
     config = CLIPConfig(
-        vision_config=dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
-                           image_size=32, projection_dim=16),
-        text_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
-                         projection_dim=16), projection_dim=16,
+        vision_config=dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+                           patch_size=8, image_size=32, projection_dim=16),
+        text_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=50, projection_dim=16), projection_dim=16,
     )  # fmt: skip
     clip = CLIPModel(config).eval()
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=bpe.get_vocab_size(), n_positions=30)).eval()
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=bpe.get_vocab_size(), n_positions=30)
+    ).eval()
     for module in (clip, gpt2):
         for p in module.parameters():
             torch.nn.init.normal_(p, std=0.2)
@@ -259,7 +271,9 @@ def built(official, **changes):
 def test_build_from_transformers_directories(official):
     _, clip, gpt2 = official
     model, (pixels, ids) = built(official).eval(), inputs()
-    normalised = (pixels.float() / 255 - torch.tensor(vcgpt.CLIP_MEAN).view(3, 1, 1)) / torch.tensor(vcgpt.CLIP_STD).view(3, 1, 1)
+    normalised = (pixels.float() / 255 - torch.tensor(vcgpt.CLIP_MEAN).view(3, 1, 1)) / torch.tensor(
+        vcgpt.CLIP_STD
+    ).view(3, 1, 1)
     theirs = clip.vision_model(normalised).last_hidden_state
     torch.testing.assert_close(model.clip((pixels - model.mean) / model.std), theirs, atol=1e-4, rtol=1e-4)
     logits = F.linear(model.gpt2(ids), model.gpt2.wte.weight)
@@ -281,7 +295,11 @@ def test_old_and_new_spellings_load_alike(official):
     assert all(torch.equal(towers[0], tower) for tower in towers[1:])
 
     bare = {k.removeprefix("transformer."): v for k, v in gpt2.state_dict().items() if k != "lm_head.weight"}
-    old = {**bare, **{f"h.{i}.attn.bias": torch.ones(1, 1, 30, 30) for i in range(2)}, "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    old = {
+        **bare,
+        **{f"h.{i}.attn.bias": torch.ones(1, 1, 30, 30) for i in range(2)},
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
     loaded = []
     for state in (dict(gpt2.state_dict()), bare, old):
         model = network(vocab_size=gpt2.config.vocab_size, positions=30)
@@ -352,10 +370,12 @@ def test_normalisation_is_clips():
     with torch.no_grad():
         model.encode_image(grey)
     hook.remove()
-    assert seen[0][0, :, 0, 0].tolist() == pytest.approx([(1 - m) / s for m, s in zip(vcgpt.CLIP_MEAN, vcgpt.CLIP_STD, strict=True)])
+    assert seen[0][0, :, 0, 0].tolist() == pytest.approx(
+        [(1 - m) / s for m, s in zip(vcgpt.CLIP_MEAN, vcgpt.CLIP_STD, strict=True)]
+    )
 
 
 def test_data_of_a_step_fits_the_model():
-    """ids start with bos, targets end with eos: the model predicts the first word from bos and the end from the last."""
+    """ids start with bos, targets end with eos: the first word is predicted from bos, the end from the last word."""
     batch = data.pad_captions([[5, 6], [7]], 0, 0, 0)
     assert batch["ids"].tolist() == [[0, 5, 6], [0, 7, 0]] and batch["targets"].tolist() == [[5, 6, 0], [7, 0, -100]]
