@@ -520,7 +520,10 @@ class Logger:
         self.since += time.perf_counter() - t
 
     def step(self, step: int, losses: dict[str, torch.Tensor], lr: float, norm, items: int) -> None:
-        """After optimizer step number `step` (1-based) on `items` samples over all processes."""
+        """After optimizer step number `step` (1-based) on `items` samples over all processes.
+
+        losses: this process's part of each loss, as in the loop; the parts are added up here.
+        """
         self.items += items
         if self.bar:
             self.bar.update()
@@ -535,7 +538,8 @@ class Logger:
         name = torch.cuda.get_device_name() if self.machine.device.type == "cuda" else ""
         peak = next((flops for gpu, flops in PEAKS.items() if gpu in name), 0.0) * self.machine.world
         record = {
-            "step": step, **{k: round(float(v), 4) for k, v in losses.items()}, "lr": lr,
+            "step": step, **{k: round(sum_over_processes(float(v), self.machine.device), 4) for k, v in losses.items()},
+            "lr": lr,
             "grad_norm": round(float(norm), 3),
             "samples_per_s": round(self.items / seconds, 1),
             "mfu": round(self.flops_per_item * self.items / seconds / peak, 4) if peak else 0,
@@ -576,24 +580,29 @@ def peak_memory_gib() -> float:
 # Pictures and tables
 
 
-def contact_sheet(path: Path, pictures: list, texts: list[str], columns: int = 4, side: int = 200) -> None:
-    """Write a grid of PIL pictures, each `side` pixels wide, with its text wrapped underneath."""
+def contact_sheet(path: Path | str, pictures: list, texts: list[list[str]], title="", columns=4, side=200) -> None:
+    """Write a grid of PIL pictures, `side` pixels wide each, its sentences wrapped underneath, one bullet for each."""
     import textwrap
 
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(13)
-    lines = [[part for line in text.split("\n") for part in textwrap.wrap(line, side // 7) or [""]] for text in texts]
-    gap, line_height = 12, 17
-    text_height = line_height * max(map(len, lines)) + 6
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, wrapped) in enumerate(zip(pictures, lines, strict=True)):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text_height + gap)
-        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        for j, line in enumerate(wrapped):
-            draw.text((x, y + side + 5 + j * line_height), line, fill="black", font=font)
+    wrapped = [[textwrap.wrap(sentence, side // 7) or [""] for sentence in sentences] for sentences in texts]
+    gap, line, paper, ink = 28, 18, (250, 249, 246), (52, 54, 60)
+    head = 72 if title else gap
+    tall = side + gap + 8 + max(sum(4 + line * len(lines) for lines in text) for text in wrapped)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, head + tall * -(-len(pictures) // columns)), paper)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((gap, 26), title, fill=ink, font=ImageFont.load_default(20))
+    corners = Image.new("L", (4 * side, 4 * side))
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), radius=40, fill=255)
+    for i, (picture, sentences) in enumerate(zip(pictures, wrapped, strict=True)):
+        x, y = gap + i % columns * (side + gap), head + i // columns * tall
+        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, y), corners.reduce(4))
+        y += side + 12
+        for lines in sentences:
+            draw.ellipse((x + 2, y + 6, x + 6, y + 10), fill=(186, 180, 168))
+            draw.multiline_text((x + 13, y), "\n".join(lines), fill=ink, font=font, spacing=line - 13)
+            y += line * len(lines) + 4
     sheet.save(path)
 
 

@@ -22,14 +22,13 @@ import itertools
 import math
 import random
 import re
-import textwrap
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy  # by its full name: `np` is a noun phrase in this file
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-from common import UserError
+from common import UserError, contact_sheet
 
 # ---- The world: what there is ---------------------------------------------------------------------------------------
 
@@ -708,27 +707,6 @@ def edited(caption, scene, rng):
 
 # ---- The contact sheet ----------------------------------------------------------------------------------------------
 
-def contact_sheet(scenes, title, columns=4, size=224):
-    """A PIL image of scenes, each size × size pixels, with their captions underneath."""
-    texts = [[textwrap.wrap(sentence, 33) for sentence in captions(scene)] for scene in scenes]
-    gap, line, paper, ink = 28, 18, (250, 249, 246), (52, 54, 60)
-    tall = size + gap + 8 + max(sum(4 + line * len(lines) for lines in text) for text in texts)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, 72 + tall * math.ceil(len(scenes) / columns)), paper)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((gap, 26), title, fill=ink, font=ImageFont.load_default(20))
-    corners = Image.new("L", (4 * size, 4 * size))
-    ImageDraw.Draw(corners).rounded_rectangle((0, 0, 4 * size - 1, 4 * size - 1), radius=40, fill=255)
-    for i, scene in enumerate(scenes):
-        x, y = gap + i % columns * (size + gap), 72 + i // columns * tall
-        sheet.paste(render(scene, size), (x, y), corners.reduce(4))
-        y += size + 12
-        for lines in texts[i]:
-            draw.ellipse((x + 2, y + 6, x + 6, y + 10), fill=(186, 180, 168))
-            draw.multiline_text((x + 13, y), "\n".join(lines), fill=ink, font=font, spacing=line - 13)
-            y += line * len(lines) + 4
-    return sheet
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The small world: look at its scenes and their captions.")
     show = parser.add_subparsers(required=True).add_parser("show", help="draw scenes with their captions")
@@ -738,9 +716,10 @@ def main(argv=None):
     show.add_argument("--out", default="scenes.png", help="file to write (default: scenes.png)")
     args = parser.parse_args(argv)
     title = f"The small world   ·   {args.world}   ·   {args.split}   ·   seed {args.seed}"
-    sheet = contact_sheet(Scenes(args.world, args.split, 12, args.seed), title)
+    sample = list(Scenes(args.world, args.split, 12, args.seed))
     try:
-        sheet.save(args.out)
+        contact_sheet(args.out, [render(scene, 224) for scene in sample], [captions(scene) for scene in sample], title,
+                      side=224)
     except (OSError, ValueError) as error:  # ValueError: PIL does not know the ending
         raise SystemExit(f"cannot write {args.out}: {error}; give --out a path that ends in .png") from error
     print(f"wrote {args.out}: 12 scenes of the {args.world} world, split {args.split}, seed {args.seed}")

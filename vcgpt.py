@@ -794,13 +794,13 @@ def final_evaluation(cfg: Config, model: VCGPT, corpus, machine, run, seconds: f
 
 
 def save_samples(cfg: Config, run, items, hyps: dict) -> None:
-    """samples.png: pictures, what the model says, whether it is true (scenes), what people say."""
+    """samples.png: pictures, what the model says, whether that is true (scenes), a reference."""
     texts = []
     for item in items:
         verdict = ""
         if cfg.data == "scenes":
             verdict = f" [{scoring.verdict(hyps[item.image_id], item.image)}]"
-        texts.append(f"{hyps[item.image_id]}{verdict}\nref: {item.captions[0]}")
+        texts.append([hyps[item.image_id] + verdict, f"reference: {item.captions[0]}"])
     common.contact_sheet(run.path / "samples.png", [data.load_image(item.image, 200) for item in items], texts)
 
 

@@ -202,6 +202,6 @@ def test_contact_sheet(tmp_path):
     from PIL import Image
 
     path = tmp_path / "sheet.png"
-    common.contact_sheet(path, [Image.new("RGB", (50, 50), "red")] * 5, ["a\nb"] * 5, columns=4, side=40)
+    common.contact_sheet(path, [Image.new("RGB", (50, 50), "red")] * 5, [["a", "b"]] * 5, columns=4, side=40)
     sheet = Image.open(path)
-    assert sheet.width == 4 * 52 + 12 and sheet.getpixel((12 + 20, 12 + 20)) == (255, 0, 0)
+    assert sheet.width == 4 * 68 + 28 and sheet.getpixel((28 + 20, 28 + 20)) == (255, 0, 0)
