@@ -202,7 +202,7 @@ def start_machine(cfg: RunConfig) -> Machine:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if cfg.dtype == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype, why2 = (torch.bfloat16, "it has bf16") if bf16 else (torch.float32, "default")
     else:
         dtype, why2 = {"float32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], "--dtype"
@@ -253,8 +253,16 @@ def spread(model, cfg: RunConfig, machine: Machine):
         model = torch.compile(model)
     if machine.world > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     return model
+
+
+def synchronised(model, is_last: bool):
+    """Around a micro-batch's forward and backward: gradients are exchanged between processes in the last one alone.
+
+    So processes may have different numbers of micro-batches, as when a broken picture was skipped on one of them.
+    """
+    return nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,10 +404,7 @@ class Run:
         tensors = {k: v.detach().cpu().contiguous() for k, v in unwrap(model).state_dict().items()}
         save_file(tensors, temporary / "model.safetensors")
         tokenizer.save(temporary)
-        rng = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "state.pt")
+        torch.save({"optimizer": optimizer.state_dict()}, temporary / "state.pt")  # all else follows from the step
         write_json(temporary / "meta.json", {"step": step, **meta})
         if final.exists():
             shutil.rmtree(final)
@@ -413,6 +418,12 @@ class Run:
         for old in self.path.glob("step_*"):
             if old.name not in kept:
                 shutil.rmtree(old)
+
+    def forget_after(self, step: int) -> None:
+        """Drop log records of steps beyond the checkpoint that a run goes on from."""
+        path = self.path / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
     def log(self, record: dict) -> None:
         with (self.path / "log.jsonl").open("a") as file:
@@ -435,12 +446,11 @@ def find_checkpoint(source: str, model_name: str, prefer: str = "best") -> tuple
 
 
 def load_training_state(checkpoint: Path, optimizer) -> tuple[int, float]:
-    """Optimizer and random state of a checkpoint -> (its step, best validation score so far)."""
-    state = read_tensors(checkpoint / "state.pt")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"]["torch"])
-    if "cuda" in state["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    """Optimizer state of a checkpoint -> (its step, best validation score so far).
+
+    Data order, augmentation and dropout follow from seed and step, so there is no random state to bring back.
+    """
+    optimizer.load_state_dict(read_tensors(checkpoint / "state.pt")["optimizer"])
     meta = json.loads((checkpoint / "meta.json").read_text())
     return meta["step"], meta["best"]
 
@@ -467,13 +477,10 @@ def write_json(path: Path, value) -> None:
 
 
 def versions() -> dict:
-    import torchvision
-    import transformers
+    from importlib.metadata import version
 
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "transformers": transformers.__version__,
-    }  # fmt: skip
+    packages = ("torch", "torchvision", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def describe_device(machine: Machine) -> str:

@@ -4,8 +4,8 @@ GPT-2 has no place where a picture could enter. The obvious repair opens every b
 (`--variant vanilla`), which disturbs what GPT-2 knows about language. The paper leaves both pre-trained networks whole
 and puts a new fusion module on top of them: its visual stream refines the picture's tokens, its text stream reads
 GPT-2's hidden states and looks at the visual stream. Then two heads speak about the next word, GPT-2's own and the
-fusion module's, and their logits are simply added. That sum is the "self-ensemble": the language head keeps the
-sentence fluent from the first step on, so the fusion module only has to learn what the picture adds.
+fusion module's, and their logits are simply added: the "self-ensemble". As we read it, the language head keeps the
+sentence fluent, so the fusion module only has to learn what the picture adds.
 
     picture ──> CLIP-ViT ── V0 ──> [self-attention, FFN] x N ────────────────┐ keys and values, layer by layer
                                                                              v
@@ -51,9 +51,7 @@ class Config(common.RunConfig):
     # --- method
     variant: str = "vcgpt"  # vcgpt | vcgpt_wo_se (fusion head alone) | vanilla (cross-attention inside GPT-2)
     fusion_layers: int = 6  # N. HERE[vcgpt-1] (not in the paper): the depth of METER's fusion
-    memory: str = (
-        "A"  # HERE[vcgpt-2]: text layer i reads visual layer i (A, the figure to the letter) or the last (B)
-    )
+    memory: str = "A"  # HERE[vcgpt-2] (not in the paper): text layer i reads visual layer i (A) or the last one (B)
     clip_post_norm: bool = False  # HERE[vcgpt-3] (not in the paper): apply CLIP's final LayerNorm to all visual tokens
     # --- vision tower. HERE[vcgpt-4] (not in the paper): ViT-B/16 at 224 px, as wide as GPT-2, so nothing is projected
     clip: str = "none"  # weights of the tower: a hub id, a directory, or none
@@ -67,9 +65,7 @@ class Config(common.RunConfig):
     vision_act: str = "quick_gelu"  # quick_gelu (CLIP) | gelu
     # --- language model (HERE[vcgpt-6] (not in the paper): GPT-2 small)
     gpt2: str = "none"  # weights of GPT-2: a hub id, a directory, or none
-    tokenizer: str = (
-        "none"  # hub id or directory; none: that of --gpt2, or else one trained on the captions
-    )
+    tokenizer: str = "none"  # hub id or directory; none: that of --gpt2, or one trained on the captions
     vocab_size: int = 50257  # upper bound where the tokenizer is trained here
     width: int = 768  # width of GPT-2 and of the fusion module
     layers: int = 12  # depth of GPT-2
@@ -105,13 +101,13 @@ PRESETS = {
     "tiny": dict(
         image_size=64, stem="conv", patch=8, vision_width=128, vision_layers=0, vision_heads=4, width=128, layers=1,
         heads=4, mlp=256, fusion_layers=2, positions=64, vocab_size=2000, dropout=0.0, init_std=0.08, lm_steps=150,
-        batch=160, steps=950, lr=1e-3, lr_backbone=1e-3, max_len=30, max_new=30, beam=1,
+        batch=160, steps=950, lr=1e-3, max_len=30, max_new=30, beam=1,
     ),
     # HERE[vcgpt-12] (ours): small learns from a few thousand photographs, from nothing.
     "small": dict(
         image_size=128, stem="conv", patch=16, vision_width=192, vision_layers=1, vision_heads=6, width=192, layers=1,
         heads=6, fusion_layers=2, positions=64, vocab_size=3000, dropout=0.1, init_std=0.06, lm_steps=150,
-        batch=160, epochs=20.0, lr=1e-3, lr_backbone=1e-3, weight_decay=0.05, augment="crop+flip", max_len=40, beam=3,
+        batch=160, epochs=20.0, lr=1e-3, weight_decay=0.05, augment="crop+flip", max_len=40, beam=3,
     ),
     "base": dict(clip="openai/clip-vit-base-patch16", gpt2="gpt2"),
 }  # fmt: skip
@@ -253,6 +249,16 @@ def sine_table(grid: int, width: int):
     return torch.cat([rows, columns], dim=2).reshape(grid * grid, -1)
 
 
+def resize_positions(positions, grid: int):
+    """Learned table [1 + g^2, D] -> [1 + grid^2, D], bicubically, for pictures of another size; [CLS] keeps its row."""
+    side = math.isqrt(len(positions) - 1)
+    if side == grid:
+        return positions
+    table = positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2).float()
+    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], table.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions)])
+
+
 class CLIPVision(nn.Module):
     """CLIP's vision tower: patches and a class token to one vector each.
 
@@ -276,20 +282,11 @@ class CLIPVision(nn.Module):
         )
         self.post_norm = nn.LayerNorm(D).requires_grad_(cfg.clip_post_norm)
 
-    def position_table(self, grid: int):
-        """[1 + grid^2, D]: the learned table, bicubically resized for pictures of another size; [CLS] keeps its row."""
-        if grid * grid == len(self.positions) - 1:
-            return self.positions
-        side = math.isqrt(len(self.positions) - 1)
-        table = self.positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2)
-        table = F.interpolate(table.float(), size=(grid, grid), mode="bicubic", align_corners=False)
-        return torch.cat([self.positions[:1], table.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(self.positions)])
-
     def forward(self, pixels):
         x = self.patches(pixels)  # [B, D, grid, grid]
         B, D, grid, _ = x.size()  # pictures, width, patches per side
         x = torch.cat([self.class_embedding.expand(B, 1, D), x.flatten(2).transpose(1, 2)], dim=1)  # [B, 1+grid^2, D]
-        x = self.pre_norm(x + self.position_table(grid))
+        x = self.pre_norm(x + resize_positions(self.positions, grid))
         for block in self.blocks:
             x = block(x)
         return self.post_norm(x) if self.apply_post_norm else x
@@ -327,22 +324,22 @@ class GPT2(nn.Module):
 
 
 class VCGPT(nn.Module):
-    """The paper's model in its three variants. `tokenizer` is a data.Tokenizer; pixels are uint8 [B, 3, S, S]."""
+    """VC-GPT, its ablation and its baseline. `tokenizer` is a data.Tokenizer; pixels are uint8 [B, 3, S, S]."""
 
     def __init__(self, cfg: Config, tokenizer: data.Tokenizer | None = None):
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        D, N = cfg.width, cfg.fusion_layers
+        D, depth = cfg.width, cfg.fusion_layers
         self.clip = CLIPVision(cfg)
         self.gpt2 = GPT2(cfg, cross=cfg.variant == "vanilla")
         # The fusion layers and GPT-2 work at the same width; a projection stands between only where CLIP's differs.
         self.project = nn.Linear(cfg.vision_width, D) if cfg.vision_width != D else nn.Identity()
         if cfg.variant != "vanilla":
             # HERE[vcgpt-13] (not in the paper): pre-norm layers of GPT-2's make, without new positions.
-            self.visual = nn.ModuleList(Block(D, cfg.heads, cfg.mlp, "gelu_new", cfg.dropout) for _ in range(N))
+            self.visual = nn.ModuleList(Block(D, cfg.heads, cfg.mlp, "gelu_new", cfg.dropout) for _ in range(depth))
             self.text = nn.ModuleList(
                 Block(D, cfg.heads, cfg.mlp, "gelu_new", cfg.dropout, causal=True, cross=True, norm_memory=True)
-                for _ in range(N)
+                for _ in range(depth)
             )
             self.norm_fuse = nn.LayerNorm(D)
             self.w_fuse = nn.Linear(D, cfg.vocab_size, bias=False)
@@ -352,7 +349,7 @@ class VCGPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, init_std) for matrices and embeddings, 0 for biases, residual outputs scaled by 1 / sqrt(2 * depth)."""
+        """N(0, init_std) for linear layers and embeddings, residual outputs scaled by 1 / sqrt(2 * depth), biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.cfg.init_std)
@@ -402,7 +399,8 @@ class VCGPT(nn.Module):
             return F.linear(h_gpt2, self.gpt2.wte.weight)
         if self.cfg.variant == "vcgpt_wo_se":  # HERE[vcgpt-14]: the paper names this ablation; the exact head is ours
             return self.w_fuse(h_fuse)
-        # PAPER (self-ensemble): logits = W^G h^G + W^fuse h^fuse          (W^G is GPT-2's word embedding, tied)
+        # PAPER (self-ensemble): logits = W^G h^G + W^fuse h^fuse
+        # HERE[vcgpt-16]: W^G, initialised from GPT-2's word embedding, stays tied to it; W^fuse has no bias
         return F.linear(h_gpt2, self.gpt2.wte.weight) + self.w_fuse(h_fuse)
 
     def forward(self, pixels, ids, targets=None):
@@ -428,7 +426,10 @@ class VCGPT(nn.Module):
     def caption(self, picture, beam: int = 0) -> str:
         """A caption for one picture: a path or a PIL image. beam 0: the run's own width."""
         if not hasattr(picture, "convert"):
-            picture = data.load_image(Path(picture), self.cfg.image_size)
+            try:
+                picture = data.load_image(Path(picture), self.cfg.image_size)
+            except data.BadImage as bad:
+                raise UserError(str(bad)) from bad
         pixels = data.to_pixels(picture.convert("RGB"), self.cfg.image_size)[None]
         return generate(self, pixels, beam or self.cfg.beam)[0]
 
@@ -436,7 +437,8 @@ class VCGPT(nn.Module):
 def loss_lm(logits, targets, label_smoothing=0.0):
     """Mean next-token cross-entropy. logits [M, V], targets [M] -> scalar, in nats.
 
-    PAPER (generative pre-training): L = - 1/M sum_m log p(w_m | w_<m, picture), over all real targets, EOS included.
+    HERE[vcgpt-15]: the paper says generative pre-training; next-token cross-entropy is how we read it.
+    L = - 1/M sum_m log p(w_m | w_<m, picture), over all real targets of the batch, EOS included.
     """
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
@@ -491,10 +493,14 @@ def generate(model: VCGPT, pixels, beam=1) -> list[str]:
 def load_clip(tower: CLIPVision, state: dict) -> None:
     """CLIP's vision weights into `tower`, from a full CLIP checkpoint or a vision-only one, old or new spelling.
 
+    Positions are resized where the tower was built for larger or smaller pictures than the checkpoint.
     Spellings: with or without the prefix `vision_model.`; `position_ids` of old files, the text tower and both
     projections are known and not used. A missing, unknown or wrongly shaped key raises UserError with the list.
     """
     state = {name.removeprefix("vision_model."): value for name, value in state.items()}
+    if (table := state.get("embeddings.position_embedding.weight")) is not None:
+        grid = math.isqrt(len(tower.positions) - 1)
+        state["embeddings.position_embedding.weight"] = resize_positions(table, grid)
     not_used = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "embeddings.position_ids")
     names = {
         "class_embedding": "embeddings.class_embedding",
@@ -547,7 +553,7 @@ def load_gpt2(gpt2: GPT2, state: dict) -> None:
                     f"{ours}.cross.kv.{part}": f"{theirs}.crossattention.c_attn.{part}",
                     f"{ours}.cross.out.{part}": f"{theirs}.crossattention.c_proj.{part}",
                 }
-    common.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack=".cross")
+    common.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack="cross")
 
 
 def clip_sizes(config: dict) -> dict:
@@ -587,6 +593,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
     for name, value in sizes.items():
         if name != "image_size":  # a larger picture than CLIP's own is a choice: positions are interpolated
             setattr(cfg, name, value)
+    check(cfg)
     if checkpoint:
         tokenizer = data.Tokenizer.load(checkpoint)
     elif cfg.tokenizer != "none" or gpt2:
@@ -594,12 +601,10 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
     else:
         texts = [data.clean_caption(text) for item in first(corpus.splits["train"], 20000) for text in item.captions]
         tokenizer = data.Tokenizer.train(texts, cfg.vocab_size)
-    if gpt2 is None:
+    if gpt2 is None and checkpoint is None:
         cfg.vocab_size = tokenizer.vocab_size
     elif tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, GPT-2's embedding {cfg.vocab_size}")
-    if clip and cfg.image_size != sizes["image_size"]:
-        print(f"positions of CLIP's {sizes['image_size']} px grid are interpolated to {cfg.image_size} px")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the word embedding {cfg.vocab_size}")
     model = VCGPT(cfg, tokenizer)
     if checkpoint:
         common.load_model_weights(model, checkpoint)
@@ -654,11 +659,13 @@ def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> Non
 def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | None = None) -> None:
     """The loop. `checkpoint`: go on from its step, with its optimizer and random state."""
     k, train_items = cfg.captions_per_image, corpus.splits["train"]
-    images = max(1, cfg.batch // k)  # pictures per step, over all processes
+    images = cfg.batch // k  # pictures per step, over all processes
     model.to(machine.device)
     optimizer, start, best = make_optimizer(cfg, model), 0, -1.0
     if checkpoint:
-        start, best = common.load_training_state(checkpoint, optimizer)  # the data order follows from the step alone
+        start, best = common.load_training_state(checkpoint, optimizer)
+        if machine.is_main:
+            run.forget_after(start)
     else:
         train_language_model(cfg, model, train_items, machine)
     pictures = data.Pictures(train_items, model.tokenizer, cfg.image_size, captions=k, max_len=cfg.max_len, train=True,
@@ -666,9 +673,11 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
     loader = iter(data.train_loader(pictures, images, machine.workers, machine.rank, machine.world, cfg.seed, start,
                                     cfg.steps, pin=machine.device.type == "cuda"))  # fmt: skip
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
+    log.flops_per_item = flops_per_pair(cfg, model)
     ddp = common.spread(model, cfg, machine)
     for step in range(start, cfg.steps):
         model.train()
+        torch.manual_seed((cfg.seed * machine.world + machine.rank) * 1_000_003 + step)  # dropout follows from the step
         with log.waiting():
             batch = next(loader)
         share = common.linear_schedule(step, cfg.steps, cfg.warmup)
@@ -679,13 +688,15 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
         # into; DistributedDataParallel averages gradients over processes, hence the factor `world`.
         targets_in_all = common.sum_over_processes(float((batch["targets"] != -100).sum()), machine.device)
         loss_sum = 0.0
-        for pixels, ids, targets in micro_batches(batch, cfg):
-            pixels, ids, targets = (x.to(machine.device, non_blocking=True) for x in (pixels, ids, targets))
-            with machine.autocast():
-                logits = ddp(pixels, ids, targets)
-            real = targets[targets != -100]
-            loss = loss_lm(logits, real, cfg.label_smoothing) * len(real) / targets_in_all
-            (loss * machine.world).backward()
+        pieces = micro_batches(batch, cfg)
+        for i, piece in enumerate(pieces):
+            pixels, ids, targets = (x.to(machine.device, non_blocking=True) for x in piece)
+            with common.synchronised(ddp, i + 1 == len(pieces)):  # processes exchange gradients once a step
+                with machine.autocast():
+                    logits = ddp(pixels, ids, targets)
+                real = targets[targets != -100]
+                loss = loss_lm(logits, real, cfg.label_smoothing) * len(real) / targets_in_all
+                (loss * machine.world).backward()
             loss_sum += loss.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
@@ -698,26 +709,37 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
     log.close()
 
 
+def flops_per_pair(cfg: Config, model: VCGPT) -> float:
+    """Multiply-adds of a training step per picture-caption pair, for the log's MFU: 6 x parameters x tokens, captions
+    counted at 12 tokens, attention itself left out."""
+    size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    visual_tokens = 1 + (cfg.image_size // cfg.patch) ** 2
+    per_picture = (size["clip"] + size.get("visual", 0)) * visual_tokens
+    return 6 * (per_picture / cfg.captions_per_image + (sum(size.values()) - size["clip"] - size.get("visual", 0)) * 12)
+
+
 def micro_batches(batch: dict, cfg: Config):
-    """A loader's batch cut into (pixels, ids, targets) of at most --micro-batch pairs each."""
+    """A loader's batch as a list of (pixels, ids, targets), --micro-batch pairs each but never less than a picture."""
     k = cfg.captions_per_image
     images = max(1, cfg.micro_batch // k) if cfg.micro_batch else len(batch["pixels"])
     cuts = (batch["pixels"].split(images), batch["ids"].split(images * k), batch["targets"].split(images * k))
-    return zip(*cuts, strict=True)
+    return list(zip(*cuts, strict=True))
 
 
 def validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step: int, best: float) -> float:
     """Greedy captions of the first val pictures; a checkpoint; returns the best CIDEr-D so far."""
-    score = {}
+    val = {}
     if "val" in corpus.splits:
-        score, _ = evaluate(cfg, model, first(corpus.splits["val"], cfg.val_items), machine, beam=1)
-    is_best = score.get("CIDEr_D", step) >= best  # without a val split the last is the best
-    best = max(best, score.get("CIDEr_D", best))
+        items = first(corpus.splits["val"], max(1, cfg.val_items))
+        val = score(cfg, items, caption_all(cfg, model, items, machine, beam=1))
+    is_best = val.get("CIDEr_D", step) >= best  # without a val split the last is the best
+    best = max(best, val.get("CIDEr_D", best))
     if machine.is_main:
-        shown = "  ".join(f"{k} {score[k]:.3f}" for k in ("CIDEr_D", "BLEU_4", "caption_true") if k in score)
-        log.say(f"val at step {step}: {shown}" + ("  (best so far)" if is_best else ""))
-        run.log({"step": step, **{f"val_{k}": v for k, v in score.items()}})
-        run.save(step, model, model.tokenizer, optimizer, {"val": score, "best": best}, is_best)
+        if val:
+            shown = "  ".join(f"{k} {val[k]:.3f}" for k in ("CIDEr_D", "BLEU_4", "caption_true") if k in val)
+            log.say(f"val at step {step}: {shown}" + ("  (best so far)" if is_best else ""))
+            run.log({"step": step, **{f"val_{k}": v for k, v in val.items()}})
+        run.save(step, model, model.tokenizer, optimizer, {"val": val, "best": best}, is_best)
     common.wait_for_all()
     return best
 
@@ -726,47 +748,48 @@ def validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step: in
 # Evaluation
 
 
-def evaluate(cfg: Config, model: VCGPT, items, machine, beam: int, hyps: dict | None = None) -> tuple[dict, dict]:
-    """Captions for every item -> (metrics, {image_id: caption}); given `hyps`, those are scored instead."""
-    if hyps is None:
-        model.eval()
-        pictures = data.Pictures(items, model.tokenizer, cfg.image_size, captions=0, max_len=cfg.max_len, train=False)
-        loader = data.eval_loader(pictures, 100, machine.workers, machine.rank, machine.world)
-        hyps = scoring.caption_split(lambda pixels: generate(model, pixels, beam), loader)
+def caption_all(cfg: Config, model: VCGPT, items, machine, beam: int) -> dict:
+    """Captions for every item, {image_id: caption}, the same on every process."""
+    model.eval()
+    pictures = data.Pictures(items, model.tokenizer, cfg.image_size, captions=0, max_len=cfg.max_len, train=False)
+    loader = data.eval_loader(pictures, 100, machine.workers, machine.rank, machine.world)
+    return scoring.caption_split(lambda pixels: generate(model, pixels, beam), loader)
+
+
+def score(cfg: Config, items, hyps: dict) -> dict:
+    """Metrics of {image_id: caption} against the items' own captions, and on scenes against the truth."""
     metrics = scoring.caption_metrics(hyps, {item.image_id: item.captions for item in items})
     if cfg.data == "scenes":
         metrics |= scoring.truth_metrics(hyps, {item.image_id: item.image for item in items})
-    return metrics, hyps
+    return metrics
 
 
 def final_evaluation(cfg: Config, model: VCGPT, corpus, machine, run, seconds: float) -> None:
     """Every test split with its controls: table, metrics.json, samples.png."""
     splits, shown = {}, {}
-    for split in [name for name in corpus.splits if name.startswith("test")]:
+    tests = [name for name in corpus.splits if name.startswith("test")]
+    tests = tests or [name for name in ("val", "train") if name in corpus.splits][:1]  # a handful of own pictures
+    for split in tests:
         items = first(corpus.splits[split], len(corpus.splits[split]))
-        metrics, hyps = evaluate(cfg, model, items, machine, cfg.beam)
+        hyps = caption_all(cfg, model, items, machine, cfg.beam)
         if not machine.is_main:
             continue
         # A caption depends on its picture alone, so captioning permuted pictures = permuting the captions: no cost.
         ids = list(hyps)
         permuted = {i: hyps[j] for i, j in zip(ids, scoring.shuffled(ids), strict=True)}
-        controls = {"shuffled_images": evaluate(cfg, model, items, machine, 0, permuted)[0]}
+        metrics, controls = score(cfg, items, hyps), {"shuffled_images": score(cfg, items, permuted)}
         shown |= {split: metrics, f"{split}, shuffled": controls["shuffled_images"]}
-        if split == "test":
+        if split == tests[0]:
             choose_on = corpus.splits.get("val", corpus.splits["train"])
             constant = scoring.best_constant_caption(
                 [text for item in first(corpus.splits["train"], 3000) for text in item.captions],
                 {item.image_id: item.captions for item in first(choose_on, 500)},
             )
-            controls["constant_caption"] = evaluate(cfg, model, items, machine, 0, dict.fromkeys(ids, constant))[0]
-            controls["constant_caption"]["caption"] = constant
-            shown["constant"] = {k: v for k, v in controls["constant_caption"].items() if k != "caption"}
+            shown["constant"] = score(cfg, items, dict.fromkeys(ids, constant))
+            controls["constant_caption"] = {**shown["constant"], "caption": constant}
             save_samples(cfg, run, items[:16], hyps)
         splits[split] = {"metrics": metrics, "controls": controls}
     if not machine.is_main:
-        return
-    if not splits:
-        print("no test split: nothing to evaluate")
         return
     common.write_json(
         run.path / "metrics.json",
@@ -777,8 +800,10 @@ def final_evaluation(cfg: Config, model: VCGPT, corpus, machine, run, seconds: f
             "versions": common.versions(),
             "protocol": {
                 "variant": cfg.variant, "beam": cfg.beam, "max_new": cfg.max_new, "length_penalty": cfg.length_penalty,
-                "tokenizer_of_metrics": "rule", "checkpoint": "best on val (greedy CIDEr_D)", "notes": corpus.notes,
-                "constant_caption": "of the first 3,000 training pictures' captions, the best by CIDEr-D on val",
+                "tokenizer_of_metrics": "rule", "notes": corpus.notes,
+                "checkpoint": "best on val (greedy CIDEr_D)" if "val" in corpus.splits else "last: no val split",
+                "constant_caption": "the best by CIDEr-D on val (where there is none, on train) of the captions of the "
+                "first 3,000 training pictures",
             },
             "splits": splits,
         },
@@ -809,8 +834,24 @@ def save_samples(cfg: Config, run, items, hyps: dict) -> None:
 
 SIZES = (
     "variant fusion_layers memory clip_post_norm image_size patch stem vision_width vision_layers vision_heads "
-    "vision_act vision_mlp init_std vocab_size width layers heads mlp positions captions_per_image max_len"
+    "vision_act vision_mlp clip gpt2 vocab_size width layers heads mlp positions"
 ).split()  # what --init takes over from the run's config
+
+
+def check(cfg: Config) -> None:
+    """Settings that contradict one another or are not among the choices."""
+    common.choose("task", cfg.task, ["pretrain", "caption"])
+    common.choose("variant", cfg.variant, ["vcgpt", "vcgpt_wo_se", "vanilla"])
+    common.choose("memory", cfg.memory, ["A", "B"])
+    common.choose("stem", cfg.stem, ["patch", "conv"])
+    common.choose("vision-act", cfg.vision_act, list(ACTIVATIONS))
+    common.choose("augment", cfg.augment, list(data.AUGMENTATIONS))
+    for whole, part in (("image_size", "patch"), ("width", "heads"), ("vision_width", "vision_heads")):
+        if getattr(cfg, whole) % getattr(cfg, part):
+            names = f"--{whole} {getattr(cfg, whole)} --{part} {getattr(cfg, part)}".replace("_", "-")
+            raise UserError(f"{names}: the first must be a multiple of the second")
+    if cfg.stem == "conv" and (cfg.patch < 2 or cfg.patch & (cfg.patch - 1)):
+        raise UserError(f"--patch {cfg.patch}: the convolutional stem halves the picture, so it needs 2, 4, 8, 16 ...")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -827,31 +868,41 @@ def main(argv: list[str] | None = None) -> None:
     if command.caption:
         if checkpoint is None:
             raise UserError("--caption needs a trained model: add --init RUN, e.g. --init runs/vcgpt-scenes")
-        model = VCGPT.from_run(source)
+        model = VCGPT.from_run(source, given.get("device", "cpu"))
+        for name in {"beam", "max_new", "length_penalty"} & set(given):
+            setattr(model.cfg, name, given[name])
         for path in command.caption:
-            print(f"{path}: {model.caption(path, given.get('beam', 0))}")
+            print(f"{path}: {model.caption(path)}")
         return
 
-    resuming = "resume" in given
+    resuming = bool(given.get("resume"))
     if resuming:
-        if set(given) - {"resume", "device", "workers", "root"}:
-            raise UserError(
-                "--resume goes on with the run's own settings: only --device, --workers and --root go with it"
-            )
+        if set(given) - {"resume", "device", "workers", "root", "micro_batch"}:
+            raise UserError("--resume keeps the run's settings; only --device --workers --micro-batch --root may change")
         cfg = common.config_from(Config, {**values, **given})
     else:
+        if checkpoint and {"clip", "gpt2", "tokenizer"} & set(given):
+            raise UserError("--init brings its own weights and tokenizer: leave out --clip, --gpt2 and --tokenizer")
         sizes = {name: values[name] for name in SIZES if name in values}
+        if checkpoint:
+            given = {"preset": values["preset"], **given}
         cfg = common.build_config(Config, given, PRESETS, RECIPES, sizes)
-    common.choose("task", cfg.task, ["pretrain", "caption"])
-    common.choose("variant", cfg.variant, ["vcgpt", "vcgpt_wo_se", "vanilla"])
-    common.choose("memory", cfg.memory, ["A", "B"])
+    check(cfg)
+    if checkpoint or cfg.gpt2 != "none":
+        cfg.lm_steps = 0  # GPT-2 can speak already
     machine = common.start_machine(cfg)
     corpus = corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes,
                           n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
     if "train" not in corpus.splits:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
+    if cfg.data not in corpora.NAMES:  # own data often has one caption a picture: once a step is enough
+        most = max(len(item.captions) for item in corpus.splits["train"])
+        cfg.captions_per_image = min(cfg.captions_per_image, most)
+    images = cfg.batch // cfg.captions_per_image
+    if images < machine.world:
+        least = machine.world * cfg.captions_per_image
+        raise UserError(f"--batch {cfg.batch} is less than a picture for each process: give {least} or more")
     model = build(cfg, corpus, checkpoint)
-    images = max(1, cfg.batch // cfg.captions_per_image)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / images)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
     run = common.Run(checkpoint.parent) if resuming else common.Run.create("vcgpt", cfg, machine)

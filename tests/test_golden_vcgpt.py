@@ -58,8 +58,8 @@ def build(sizes, variant="vcgpt"):
 
 
 @torch.no_grad()
-def check_clip(gold, model):
-    tower, pixels = model.clip, gold.tensor("inputs/pixel_values")
+def check_clip(gold, sizes):
+    tower, pixels = build(sizes).clip, gold.tensor("inputs/pixel_values")
     vcgpt.load_clip(tower, gold.weights("weights/clip/"))
     states, hooks = record_blocks(tower.blocks)
     hooks.append(tower.pre_norm.register_forward_hook(lambda _, __, out: states.append(out)))
@@ -73,7 +73,11 @@ def check_clip(gold, model):
     gold.check("outputs/clip/pooler_output", tower(pixels)[:, 0])
     tower.apply_post_norm = False
     if gold.has("inputs/pixel_values_hi"):
-        gold.check("outputs/clip/hi_last_hidden_state", tower(gold.tensor("inputs/pixel_values_hi")))
+        pixels = gold.tensor("inputs/pixel_values_hi")
+        gold.check("outputs/clip/hi_last_hidden_state", tower(pixels))
+        larger = build(sizes | dict(image_size=pixels.size(-1))).clip  # the same, resized once at loading
+        vcgpt.load_clip(larger, gold.weights("weights/clip/"))
+        gold.check("outputs/clip/hi_last_hidden_state", larger(pixels))
 
 
 @torch.no_grad()
@@ -122,7 +126,7 @@ def test_backbones_and_vanilla(golden_path, exempt):
     config = json.loads(str(gold.arrays["config_json"]))
     sizes = vcgpt.clip_sizes(config["vision"]) | vcgpt.gpt2_sizes(config["gpt2"])
     if gold.has("weights/clip/", "outputs/clip/"):
-        check_clip(gold, build(sizes))
+        check_clip(gold, sizes)
     if gold.has("weights/gpt2/", "outputs/gpt2/"):
         gpt2 = build(sizes).gpt2
         vcgpt.load_gpt2(gpt2, gold.weights("weights/gpt2/"))

@@ -212,14 +212,12 @@ def test_cached_decoding_is_uncached_decoding(variant):
 
 @torch.no_grad()
 def test_larger_pictures_get_interpolated_positions():
-    tower = network().clip
-    table = tower.position_table(6)
-    assert table.shape == (37, 24) and torch.equal(table[0], tower.positions[0])
-    assert tower.position_table(4) is tower.positions
-    constant = tower.positions.clone()
-    constant[1:] = 3.0
-    tower.positions.data = constant
-    torch.testing.assert_close(tower.position_table(6)[1:], torch.full((36, 24), 3.0))
+    positions = torch.randn(17, 24)
+    table = vcgpt.resize_positions(positions, 6)
+    assert table.shape == (37, 24) and torch.equal(table[0], positions[0])
+    assert vcgpt.resize_positions(positions, 4) is positions
+    positions[1:] = 3.0
+    torch.testing.assert_close(vcgpt.resize_positions(positions, 6)[1:], torch.full((36, 24), 3.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,15 +260,24 @@ def official(tmp_path_factory):
     return folder, clip, gpt2
 
 
-def built(official, **changes):
-    cfg = tiny(clip=str(official[0] / "clip"), gpt2=str(official[0] / "gpt2"), **changes)
+def built(official, variant="vcgpt", **changes):
+    cfg = tiny(variant, clip=str(official[0] / "clip"), gpt2=str(official[0] / "gpt2"), **changes)
     return vcgpt.build(cfg, None)
 
 
 @torch.no_grad()
-def test_build_from_transformers_directories(official):
+def test_official_weights_meet_pictures_of_another_size(official):
+    """--image-size 48 with a checkpoint for 32: the table is resized once, at loading."""
+    small, large = built(official), built(official, image_size=48)
+    assert len(large.clip.positions) == 37 and large.cfg.image_size == 48
+    torch.testing.assert_close(large.clip.positions, vcgpt.resize_positions(small.clip.positions, 6))
+
+
+@pytest.mark.parametrize("variant", ["vcgpt", "vcgpt_wo_se", "vanilla"])
+@torch.no_grad()
+def test_build_from_transformers_directories(official, variant):
     _, clip, gpt2 = official
-    model, (pixels, ids) = built(official).eval(), inputs()
+    model, (pixels, ids) = built(official, variant).eval(), inputs()
     normalised = (pixels.float() / 255 - torch.tensor(vcgpt.CLIP_MEAN).view(3, 1, 1)) / torch.tensor(
         vcgpt.CLIP_STD
     ).view(3, 1, 1)
@@ -317,8 +324,8 @@ def test_weights_that_do_not_fit_say_so(official):
         vcgpt.load_clip(network(vision_layers=3).clip, state)
     with pytest.raises(UserError, match="unknown in the file: mystery"):
         vcgpt.load_clip(network(vision_layers=2).clip, {**state, "mystery": torch.zeros(1)})
-    with pytest.raises(UserError, match="sizes.*positions: \\(17, 24\\) in the file, \\(26, 24\\) here"):
-        vcgpt.load_clip(network(vision_layers=2, image_size=40).clip, state)
+    with pytest.raises(UserError, match="sizes.*class_embedding: \\(24,\\) in the file, \\(32,\\) here"):
+        vcgpt.load_clip(network(vision_layers=2, vision_width=32).clip, state)
     with pytest.raises(UserError, match="not GPT-2"):
         vcgpt.load_gpt2(network().gpt2, state)
     with pytest.raises(UserError, match="no config.json"):
