@@ -13,10 +13,12 @@ sentence fluent, so the fusion module only has to learn what the picture adds.
                              │                                                             │
                              └──── W^G h^G ───────────── + ───────────── W^fuse h^fuse ────┘ = next-word logits
 
-    python vcgpt.py                                   the small world, about 3 minutes on 2 CPU cores: DEFAULT_RESULT
+    python vcgpt.py                                   the small world: 77 to 90 % true captions in 2.3 minutes, 2 cores
     python vcgpt.py --data my_photos.jsonl            own photographs, trained from scratch
     python vcgpt.py --caption a.jpg --init RUN        a caption for a picture
-    torchrun --nproc_per_node=8 vcgpt.py --data coco --task caption
+    torchrun --nproc_per_node=8 vcgpt.py --data coco --task caption      from CLIP's and GPT-2's weights
+
+Pre-training reads any .jsonl (`--preset base --task pretrain`); the paper's corpus, Visual Genome, has no loader yet.
 
 Reading map: Config, presets, recipes | blocks | CLIP-ViT | GPT-2 | fusion and self-ensemble | loss | decoding |
 official weights | optimizer, training loop | evaluation | main. Marks: `# PAPER` what the paper says, `# HERE[id]` what
@@ -878,7 +880,7 @@ def main(argv: list[str] | None = None) -> None:
     resuming = bool(given.get("resume"))
     if resuming:
         if set(given) - {"resume", "device", "workers", "root", "micro_batch"}:
-            raise UserError("--resume keeps the run's settings; only --device --workers --micro-batch --root may change")
+            raise UserError("--resume keeps the run's settings; --device --workers --micro-batch --root may change")
         cfg = common.config_from(Config, {**values, **given})
     else:
         if checkpoint and {"clip", "gpt2", "tokenizer"} & set(given):
