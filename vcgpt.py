@@ -659,7 +659,7 @@ def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> Non
 
 
 def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | None = None) -> None:
-    """The loop. `checkpoint`: go on from its step, with its optimizer and random state."""
+    """The loop. `checkpoint`: go on from its step with its optimizer; all that is random follows from seed and step."""
     k, train_items = cfg.captions_per_image, corpus.splits["train"]
     images = cfg.batch // k  # pictures per step, over all processes
     model.to(machine.device)
@@ -712,8 +712,8 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
 
 
 def flops_per_pair(cfg: Config, model: VCGPT) -> float:
-    """Multiply-adds of a training step per picture-caption pair, for the log's MFU: 6 x parameters x tokens, captions
-    counted at 12 tokens, attention itself left out."""
+    """Floating-point operations of a training step per picture-caption pair, for the log's MFU: 6 x parameters x tokens,
+    a caption counted at 12 tokens, attention itself left out."""
     size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     visual_tokens = 1 + (cfg.image_size // cfg.patch) ** 2
     per_picture = (size["clip"] + size.get("visual", 0)) * visual_tokens
