@@ -712,7 +712,7 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
 
 
 def flops_per_pair(cfg: Config, model: VCGPT) -> float:
-    """Floating-point operations of a training step per picture-caption pair, for the log's MFU: 6 x parameters x tokens,
+    """Floating-point operations of a training step per picture-caption pair, for the MFU: 6 x parameters x tokens,
     a caption counted at 12 tokens, attention itself left out."""
     size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     visual_tokens = 1 + (cfg.image_size // cfg.patch) ** 2
