@@ -52,6 +52,20 @@ def test_a_run_leaves_what_the_documents_promise(finished):
     assert [r["step"] for r in records if "lr" in r] == [2, 4]
 
 
+def test_shuffled_control_scores_the_caption_of_another_picture(tmp_path, monkeypatch):
+    """A captioner that is always right: all true, and hardly ever true of another scene."""
+
+    def perfect(cfg, model, items, machine, beam):
+        return {item.image_id: item.captions[0] for item in items}
+
+    monkeypatch.setattr(vcgpt, "caption_all", perfect)
+    run("--out", tmp_path / "run", "--test-scenes", 40)
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
+    assert test["metrics"]["caption_true"] == 1.0
+    assert test["controls"]["shuffled_images"]["caption_true"] < 0.5
+    assert test["controls"]["constant_caption"]["caption_true"] < 0.5
+
+
 def test_captions_a_picture_of_the_user(finished, tmp_path, capsys):
     folder, _ = finished
     Image.new("L", (50, 20), 128).save(tmp_path / "grey.png")
