@@ -625,8 +625,11 @@ def curves(path: Path, log: Path) -> str:
     records = [json.loads(line) for line in log.read_text().splitlines()]
     quiet = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}
     names = list(dict.fromkeys(k for r in records for k in r if k not in quiet))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    rows = -(-len(names) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
         axis.set(title=name, xlabel="step")

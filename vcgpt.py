@@ -109,7 +109,7 @@ PRESETS = {
     "small": dict(
         image_size=128, stem="conv", patch=16, vision_width=192, vision_layers=1, vision_heads=6, width=192, layers=1,
         heads=6, fusion_layers=2, positions=64, vocab_size=3000, dropout=0.1, init_std=0.06, lm_steps=150,
-        batch=160, epochs=20.0, lr=1e-3, weight_decay=0.05, augment="crop+flip", max_len=40, beam=3,
+        batch=160, epochs=12.0, lr=1e-3, weight_decay=0.05, augment="crop+flip", max_len=40, beam=3,
     ),
     "base": dict(clip="openai/clip-vit-base-patch16", gpt2="gpt2"),
 }  # fmt: skip
