@@ -191,3 +191,13 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     splits = [json.loads((out / "metrics.json").read_text())["splits"]["test"]["metrics"] for out in outs]
     assert splits[0] == pytest.approx(splits[1], abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_main_job_sees(tmp_path):
+    """`python vcgpt.py` as README gives it: most captions true, hardly any with shuffled pictures, CIDEr-D thrice."""
+    vcgpt.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
+    shuffled = test["controls"]["shuffled_images"]
+    assert test["metrics"]["caption_true"] >= 0.60 and shuffled["caption_true"] <= 0.15
+    assert test["metrics"]["CIDEr_D"] >= 3 * shuffled["CIDEr_D"]
