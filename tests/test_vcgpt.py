@@ -343,6 +343,7 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch):
         vcgpt.build(tiny(clip="openai/clip-vit-base-patch16"), None)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_with_code_is_refused(tmp_path):
     import pickle
 
