@@ -282,7 +282,7 @@ def adamw(model, lr_of, weight_decay: float, betas=(0.9, 0.98)) -> torch.optim.A
         groups.setdefault((lr_of(name), weight_decay if decays else 0.0), []).append(p)
     assert sum(map(len, groups.values())) == len(trainable) == len({id(p) for _, p in trainable})
     settings = [dict(params=ps, lr=lr, peak=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
-    # fused: one kernel for all parameters; on a small CPU model it took a third off the whole step
+    # fused: one kernel for all parameters instead of a dozen small ones for each
     return torch.optim.AdamW(settings, betas=betas, eps=1e-8, fused=True)
 
 

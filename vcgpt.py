@@ -409,7 +409,7 @@ class VCGPT(nn.Module):
         """pixels uint8 [B, 3, S, S], ids [R, T] with R a multiple of B, image-major.
 
         -> logits [R, T, V]; with targets [R, T] (-100 = nothing to predict), logits [M, V] at the M real targets alone:
-        a quarter of a padded batch would be multiplied by the vocabulary for nothing.
+        nobody reads those of padding, and the vocabulary is wide.
         """
         h_gpt2, h_fuse = self.hidden(ids, self.encode_image(pixels))
         if targets is not None:
