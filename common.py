@@ -3,8 +3,8 @@
 Nothing here knows a model. A model file brings a dataclass, a network and a visible training loop; this file brings
 what a fifth paper would use unchanged.
 
-Reading map: errors | flags from the dataclass | device, dtype, processes | optimizer and schedule | weights | run
-directory and checkpoints | log | pictures and tables.
+Reading map: errors | flags from the dataclass | device, dtype, processes | stopping | optimizer and schedule |
+weights | run directory and checkpoints | log | curves and tables.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import platform
 import random
 import re
+import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,13 +41,36 @@ class UserError(Exception):
     """A mistake that the user can mend: `run_main` prints the message, which says what to do next, and exits with 2."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop. str() says what is saved and how to go on; `signum` is the signal that asked."""
+
+    def __init__(self, message: str, signum: int = signal.SIGINT):
+        super().__init__(message)
+        self.signum = signum
+
+
+def interrupt(signum, _) -> None:
+    """SIGTERM ends what runs like Ctrl-C does, so that the same message is given."""
+    raise KeyboardInterrupt(signum)
+
+
 def run_main(main) -> None:
-    """Call main(); a UserError becomes its message and exit status 2, without a traceback."""
+    """Call main(); a UserError becomes its message and exit status 2, a stop 128 + its signal, neither a traceback."""
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}; make room, or mend the path or its permissions", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -64,7 +92,7 @@ class RunConfig:
     init: str = "none"  # start from the weights of a run directory (or one of its step_N), or none
     resume: str = ""  # go on with a run: RUN or RUN/step_N; all other settings come from it
     out: str = ""  # run directory; default runs/<model>-<data>[-<task>], with the next free suffix
-    seed: int = 0  # of initialisation, data order and augmentation
+    seed: int = 0  # of initialisation, data order, augmentation, dropout and sampling
     # --- the small world
     world: str = "tiny"  # tiny: 4 shapes x 6 colours x 2 sizes, 1-3 objects | full: everything, and panels
     train_scenes: int = 20000  # scenes in the training split
@@ -72,13 +100,15 @@ class RunConfig:
     # --- machine
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto: bf16 on GPUs that have it, float32 elsewhere | float32 | bf16
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model: minutes at the start, faster steps on a GPU
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more arithmetic
     workers: int = -1  # loader processes; -1: one less than this process's share of the cores, at most 8
     micro_batch: int = 0  # pairs per forward pass and process; 0: no accumulation
     # --- log and checkpoints
     log_every: int = 50  # steps between log lines
     eval_every: int = 0  # steps between evaluations on val and checkpoints; 0: five times in a run
     val_items: int = 200  # items of val that are looked at during training; the end looks at all of test
+    official: bool = True  # of photographs also METEOR, SPICE and PTB tokens, where pycocoevalcap and Java are present
 
 
 def field_comments(config_class) -> dict[str, str]:
@@ -125,7 +155,8 @@ def parse_flags(config_class, argv: list[str], prog: str, extra: dict[str, dict]
         hint = f"; did you mean {nearest[0]}?" if nearest else " (--help lists every flag)"
         raise UserError(f"unknown flag {unknown[0]}{hint}")
     given = vars(known)
-    commands = argparse.Namespace(**{name: given.pop(name, None) for name in extra or {}})
+    names = [name.replace("-", "_") for name in extra or {}]
+    commands = argparse.Namespace(**{name: given.pop(name, None) for name in names})
     return given, commands
 
 
@@ -134,6 +165,18 @@ def choose(name: str, value, choices) -> None:
         nearest = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UserError(f"--{name} {value}: it is one of {', '.join(map(str, choices))}{hint}")
+
+
+def check_numbers(cfg, from_one: str) -> None:
+    """UserError for a setting that is negative or no finite number, and for a zero among the names in `from_one`."""
+    for field in dataclasses.fields(cfg):
+        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        least = 1 if field.name in ("log_every", "train_scenes", "test_scenes", *from_one.split()) else 0
+        if field.name == "seed" and abs(value) >= 2**31:
+            raise UserError(f"{flag} {value}: give less than 2^31")
+        if type(value) in (int, float) and field.name not in ("workers", "seed"):
+            if not value >= least or math.isinf(value):
+                raise UserError(f"{flag} {value}: give {least} or more" + ", and a finite number" * math.isinf(value))
 
 
 def default_preset(data_name: str) -> str:
@@ -158,18 +201,46 @@ def build_config(config_class, given: dict, presets: dict, recipes: dict, archit
     return config_class(**{**values, **(architecture or {}), **given, "preset": preset})
 
 
+# What may change when a run goes on, and what means something to a finished one (a file adds its decoding flags).
+RESUME_FLAGS = "resume data root device workers micro_batch compile gradient_checkpointing official".split()
+EVAL_FLAGS = "init data root world test_scenes val_items device dtype workers seed out official".split()
+
+
+def allow(given: dict, allowed: list[str], command: str) -> None:
+    if odd := sorted(set(given) - set(allowed)):
+        flags = ["--" + name.replace("_", "-") for name in (odd[0], *allowed)]
+        raise UserError(f"{flags[0]} has no meaning with {command}, which takes {', '.join(flags[1:])}")
+
+
+def configure(config_class, given: dict, model_name: str, presets: dict, recipes: dict, sizes: list[str]):
+    """Flags -> (config, checkpoint to start from or None). --resume: all settings are the run's, but for RESUME_FLAGS.
+    --init: weights and `sizes` are the run's. Neither: see build_config."""
+    if given.get("resume"):
+        allow(given, RESUME_FLAGS, "--resume")
+        checkpoint, values = find_checkpoint(given["resume"], model_name, prefer="last")
+        if "data" in given and Path(given["data"]).name != Path(values["data"]).name:
+            raise UserError(f"the run is of {values['data']}: --resume takes the same data at another place; for other "
+                            f"data start a run with --init {given['resume']}")  # fmt: skip
+        return config_from(config_class, {**values, **given}), checkpoint
+    if given.get("init", "none") == "none":
+        return build_config(config_class, given, presets, recipes), None
+    checkpoint, values = find_checkpoint(given["init"], model_name)
+    kept = {name: values[name] for name in sizes if name in values}
+    return build_config(config_class, {"preset": values["preset"], **given}, presets, recipes, kept), checkpoint
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, dtype, processes
 
 
 @dataclass
 class Machine:
-    """Where this process runs: device, autocast dtype, its rank among `world` processes."""
+    """Where this process runs: device, autocast dtype, its rank among all processes."""
 
     device: torch.device
     dtype: torch.dtype
     rank: int
-    world: int
+    processes: int
     workers: int
     reason: str  # why this device and dtype, for the log
 
@@ -183,20 +254,24 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
+def choose_device(name: str) -> tuple[str, str]:
+    """--device -> (device, why). UserError where it is not there."""
+    choose("device", name.split(":")[0], ["auto", "cpu", "cuda", "mps"])
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return name, {"cuda": "a GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[name]
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps, but torch sees no Apple GPU: use --device cpu")
+    return name, "--device"
+
+
 def start_machine(cfg: RunConfig) -> Machine:
     """Choose device and dtype once, join the other processes if torchrun started any, seed everything."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    choose("device", cfg.device.split(":")[0], ["auto", "cpu", "cuda", "mps"])
     choose("dtype", cfg.dtype, ["auto", "float32", "bf16"])
-    if cfg.device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = {"cuda": "a GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[name]
-    else:
-        name, why = cfg.device, "--device"
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
-        if name == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps, but torch sees no Apple GPU: use --device cpu")
+    name, why = choose_device(cfg.device)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -220,12 +295,24 @@ def start_machine(cfg: RunConfig) -> Machine:
     return Machine(device, dtype, rank, world, workers, reason)
 
 
-def sum_over_processes(value: float, device) -> float:
+def sum_over_processes(values: list, device) -> list[float]:
+    """Each number added up over all processes, in one exchange."""
+    values = [float(value) for value in values]
     if not dist.is_initialized():
-        return value
-    total = torch.tensor(value, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        return values
+    device = device if device.type == "cuda" else "cpu"  # gloo knows no Apple GPU
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return total.item()
+    return total.tolist()
+
+
+def gather_lists(values: list) -> list:
+    """The lists of all processes, one after the other, on every process."""
+    if not dist.is_initialized():
+        return values
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, values)
+    return [value for share in shares for value in share]
 
 
 def share_from_main(value):
@@ -247,14 +334,46 @@ def unwrap(model):
     return getattr(model, "_orig_mod", model)
 
 
-def spread(model, cfg: RunConfig, machine: Machine):
-    """The model as the loop calls it: compiled if asked for, wrapped where there are several processes."""
-    if cfg.compile:
+def spread(model, cfg: RunConfig, machine: Machine, block_class=None):
+    """The model as the loop calls it: compiled if asked for, wrapped where there are several processes.
+
+    block_class: the class of its blocks, which gradient checkpointing recomputes.
+    """
+    if cfg.gradient_checkpointing:
+        for module in model.modules():
+            if isinstance(module, block_class):
+                module.forward = partial(recomputed, module.forward)
+    if cfg.compile and not why_not_compiled(cfg, machine):
         model = torch.compile(model)
-    if machine.world > 1:
+    if machine.processes > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        # Buffers are constants; to exchange them in each forward would hang where processes differ in micro-batches.
+        ddp = torch.nn.parallel.DistributedDataParallel
+        names = [n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(ddp).parameters]
+        model = ddp(model, device_ids=ids, **{names[0]: False})  # torch renamed it
     return model
+
+
+def recomputed(forward, *inputs, **options):
+    """forward(...), whose activations are not kept but computed anew in the backward pass, with the same dropout."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+
+def why_not_compiled(cfg: RunConfig, machine: Machine) -> str:
+    """The reason why torch.compile is off, "" where it is on."""
+    if not cfg.compile:
+        return "not asked for; --compile turns it on"
+    if machine.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        return "it needs a C++ compiler and there is none: install g++ or clang++"
+    if machine.device.type == "mps":
+        return "a prototype on Apple's GPUs"
+    if not torch._dynamo.is_dynamo_supported():
+        return f"this torch cannot compile under Python {platform.python_version()}"
+    return ""
 
 
 def synchronised(model, is_last: bool):
@@ -263,6 +382,68 @@ def synchronised(model, is_last: bool):
     So processes may have different numbers of micro-batches, as when a broken picture was skipped on one of them.
     """
     return nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class StopRequest:
+    """`with StopRequest() as stop`: Ctrl-C and SIGTERM only set `stop.signum`; the loop ends its step and saves.
+
+    A second one, two seconds later or more, stops at once (torchrun passes Ctrl-C on, so a process may hear it twice).
+    """
+
+    def __init__(self):
+        self.signum, self.heard_at, self.before = 0, 0.0, {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
+            self.before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _hear(self, signum, _) -> None:
+        if self.signum and time.monotonic() - self.heard_at > 2:
+            raise KeyboardInterrupt
+        self.signum, self.heard_at = self.signum or signum, self.heard_at or time.monotonic()
+
+
+def stopped(run: Run, machine: Machine, signum: int = signal.SIGINT, why: BaseException | None = None) -> Exception:
+    """What to raise where a run ends before its time: what is saved, and the command that goes on. A UserError as the
+    reason stays one; an interrupt brings its signal along."""
+    signum = why.args[0] if isinstance(why, KeyboardInterrupt) and why.args else signum
+    if not (run.path / "last").exists():
+        told = f"stopped before the first checkpoint of {run.path}: nothing to resume, start it again"
+        return UserError(f"{why}\n{told}") if isinstance(why, UserError) else Stopped(told, signum)
+    python = "python" if machine.processes == 1 else f"torchrun --nproc_per_node={machine.processes}"
+    saved = f"{(run.path / 'last').resolve().name} is saved. Go on with:"
+    saved += f"\n{python} {Path(sys.argv[0]).name} --resume {shlex.quote(str(run.path))}"
+    return UserError(f"{why}\n{saved}") if isinstance(why, UserError) else Stopped(f"stopped; {saved}", signum)
+
+
+def stop_if_not_finite(norm, loss, image_ids: list, step: int, run: Run) -> None:
+    """UserError, and RUN/not_finite.json, where the gradient norm of a step is no finite number any more.
+
+    Called before the optimizer's step, so the weights are still whole. The norm is the same on all processes; the
+    samples named are those of the processes whose own loss is not finite, of all where every loss is.
+    """
+    if math.isfinite(norm):  # waits for the GPU, once a step
+        return
+    shares = gather_lists([(float(loss), list(map(str, image_ids)))])
+    guilty = [share for share in shares if not math.isfinite(share[0])] or shares
+    ids, file, last = [i for share in guilty for i in share[1]], run.path / "not_finite.json", run.path / "last"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_json(file, {"step": step, "loss": str(guilty[0][0]), "grad_norm": str(float(norm)), "image_ids": ids})
+    saved, init = (last.resolve().name, f"from it, --init {last}") if last.exists() else ("none", "")
+    raise UserError(
+        f"step {step}: loss {guilty[0][0]}, gradient norm {float(norm)}; the step was not taken; checkpoint: {saved}. "
+        f"Samples: {', '.join(ids[:8])}{', ...' * (len(ids) > 8)} ({len(ids)} in {file}). Look at them, or start anew "
+        f"{init} with a lower rate, --lr"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +516,8 @@ def read_tensors(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run"
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run. "
+            "Take another copy or checkpoint"
         ) from error
 
 
@@ -378,81 +560,115 @@ class Run:
     @classmethod
     def create(cls, model_name: str, cfg: RunConfig, machine: Machine, main_task: str = "pretrain") -> Run:
         """A fresh directory. --out that already holds a run is an error; a default name takes the next free suffix."""
-        if not machine.is_main:  # the first process names the directory, the others hear of it
-            return cls(share_from_main(None))
+        found = share_from_main(cls._make(model_name, cfg, main_task) if machine.is_main else None)
+        if isinstance(found, UserError):
+            raise found  # on every process, so that none waits for the others
+        return cls(found)
+
+    @staticmethod
+    def _make(model_name: str, cfg: RunConfig, main_task: str) -> Path | UserError:
         if cfg.out:
             path = Path(cfg.out)
-            if (path / "config.json").exists():
-                raise UserError(f"{path} already holds a run: go on with it by --resume {path}, or give another --out")
+            if any((path / name).exists() for name in ("last", "metrics.json")):
+                return UserError(f"{path} already holds a run: go on with it by --resume {path}, or give another --out")
         else:
-            # HERE: own data gives the run its file's name
             name = f"{model_name}-{Path(cfg.data).stem}" + ("" if cfg.task == main_task else f"-{cfg.task}")
             path, n = Path("runs") / name, 2
             while path.exists():
                 path, n = Path("runs") / f"{name}-{n}", n + 1
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", {"model": model_name, **dataclasses.asdict(cfg)})
-        return cls(share_from_main(path))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "config.json", {"model": model_name, **dataclasses.asdict(cfg)})
+        except OSError as error:
+            return UserError(f"{path} cannot be made ({error.strerror}): give another --out")
+        return path
 
-    def save(self, step: int, model, tokenizer, optimizer, meta: dict, is_best: bool) -> None:
-        """Write step_N completely under another name, rename it, then move the links; older ones than `best` go."""
+    def save(self, step: int, model, tokenizer, optimizer, meta: dict) -> None:
+        """Write step_N completely under another name, rename it, then move the link `last`."""
         from safetensors.torch import save_file
 
         final, temporary = self.path / f"step_{step}", self.path / f"step_{step}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        tensors = {k: v.detach().cpu().contiguous() for k, v in unwrap(model).state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors")
-        tokenizer.save(temporary)
-        torch.save({"optimizer": optimizer.state_dict()}, temporary / "state.pt")  # all else follows from the step
-        write_json(temporary / "meta.json", {"step": step, **meta})
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            tensors = {k: v.detach().cpu().contiguous() for k, v in unwrap(model).state_dict().items()}
+            save_file(tensors, temporary / "model.safetensors")
+            tokenizer.save(temporary)
+            torch.save({"optimizer": optimizer.state_dict()}, temporary / "state.pt")  # all else follows from the step
+            write_json(temporary / "meta.json", {"step": step, **meta})
+        except Exception as error:  # safetensors and torch wrap what the disk says in errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            told = f"{final} could not be saved ({type(error).__name__}: {error}): make room or mend permissions"
+            raise UserError(told) from error
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        for link in ["last", "best"] if is_best else ["last"]:
-            fresh = self.path / f"{link}.tmp"
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(final.name)
-            os.replace(fresh, self.path / link)
+        self._link("last", final.name)
+
+    def evaluated(self, step: int, meta: dict, is_best: bool) -> None:
+        """What an evaluation of the saved step_N found: into its meta.json, and `best` moves there if it is."""
+        write_json(self.path / f"step_{step}" / "meta.json", {"step": step, **meta})
+        if is_best:
+            self._link("best", f"step_{step}")
+
+    def _link(self, link: str, name: str) -> None:
+        fresh = self.path / f"{link}.tmp"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(name)
+        os.replace(fresh, self.path / link)
         kept = {(self.path / link).resolve().name for link in ("last", "best")}
-        for old in self.path.glob("step_*"):
+        for old in self.path.glob("step_*"):  # neither last nor best any more
             if old.name not in kept:
                 shutil.rmtree(old)
 
     def forget_after(self, step: int) -> None:
         """Drop log records of steps beyond the checkpoint that a run goes on from."""
         path = self.path / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        kept = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(kept))
+        path.with_suffix(".tmp").replace(path)
 
     def log(self, record: dict) -> None:
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
+def read_log(path: Path) -> list[dict]:
+    """The records of log.jsonl; a line that a crash cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
 def find_checkpoint(source: str, model_name: str, prefer: str = "best") -> tuple[Path, dict]:
     """RUN or RUN/step_N -> (directory of the checkpoint, the run's config as a dict). RUN means RUN/`prefer`."""
     path = Path(source)
-    step = next((p for p in (path, path / prefer, path / "last") if (p / "model.safetensors").exists()), None)
+    steps = sorted(path.glob("step_*"), key=lambda p: (len(p.name), p.name), reverse=True)  # if the links are lost
+    step = next((p for p in (path, path / prefer, path / "last", *steps) if (p / "model.safetensors").exists()), None)
     if step is None:
         raise UserError(f"{source} is not a run directory with a checkpoint in it (step_N/model.safetensors)")
     step = step.resolve()
     if not (step.parent / "config.json").exists():
         raise UserError(f"{step.parent} has no config.json, so the sizes of {step.name} are unknown")
-    values = json.loads((step.parent / "config.json").read_text())
+    values = read_json(step.parent / "config.json")
+    if not isinstance(values, dict) or "model" not in values:
+        raise UserError(f"{step.parent / 'config.json'} is not the config of a run")
     if values.get("model") != model_name:
         raise UserError(f"{source} is a run of {values.get('model')}.py, not of {model_name}.py")
     return step, values
 
 
-def load_training_state(checkpoint: Path, optimizer) -> tuple[int, float]:
-    """Optimizer state of a checkpoint -> (its step, best validation score so far).
+def load_training_state(checkpoint: Path, optimizer) -> dict:
+    """Optimizer state of a checkpoint -> its meta.json: step, best validation score so far, what evaluation found.
 
     Data order, augmentation and dropout follow from seed and step, so there is no random state to bring back.
     """
     optimizer.load_state_dict(read_tensors(checkpoint / "state.pt")["optimizer"])
-    meta = json.loads((checkpoint / "meta.json").read_text())
-    return meta["step"], meta["best"]
+    return read_json(checkpoint / "meta.json")
 
 
 def load_model_weights(model, checkpoint: Path) -> None:
@@ -470,10 +686,51 @@ def config_from(config_class, values: dict):
     return config_class(**{k: v for k, v in values.items() if k in names})
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is the run whole? Take another of its checkpoints") from None
+
+
 def write_json(path: Path, value) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
     temporary.replace(path)
+
+
+def write_metrics(folder: Path, model_name, cfg, machine: Machine, model, seconds, protocol, splits) -> None:
+    """metrics.json: what was measured, on what, how. `splits`: {split: {"metrics": ..., "controls": ...}}. `seconds`
+    and `command` are those of the last leg where the run was resumed."""
+    write_json(folder / "metrics.json", {
+        "model": model_name, "data": cfg.data, "task": cfg.task, "command": "python " + shlex.join(sys.argv),
+        "seed": cfg.seed, "steps": cfg.steps, "seconds": round(seconds, 1),
+        "params": sum(p.numel() for p in model.parameters()), "device": describe_device(machine),
+        "versions": versions(), "protocol": {
+            "dtype": str(machine.dtype).removeprefix("torch."), "processes": machine.processes, "resumed": cfg.resume,
+            **({"world": cfg.world} if cfg.data == "scenes" else {}), "val_items": cfg.val_items, **protocol,
+        }, "splits": splits,
+    })  # fmt: skip
+
+
+def how_chosen(checkpoint: Path) -> str:
+    """What a checkpoint is, for the protocol of its evaluation."""
+    links = [link for link in ("best", "last") if (checkpoint.parent / link).resolve() == checkpoint.resolve()]
+    looked = bool(read_json(checkpoint / "meta.json").get("val"))
+    what = "best on val" if links[:1] == ["best"] and looked else "last" if links else "neither best nor last"
+    return f"{checkpoint.resolve().name}: {what}"
+
+
+def announce(title: str, model, cfg: RunConfig, machine: Machine, corpus, run: Run) -> None:
+    """What is about to happen, on what."""
+    if machine.is_main:
+        why_not = why_not_compiled(cfg, machine)
+        print(f"{title}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {machine.reason}, "
+              f"torch.compile {f'off ({why_not})' if why_not else 'on'}")  # fmt: skip
+        print(f"{corpus.name}: " + ", ".join(f"{name} {len(items):,}" for name, items in corpus.splits.items()))
+        for note in corpus.notes:
+            print(f"  note: {note}")
+        print(f"-> {run.path}", flush=True)
 
 
 def versions() -> dict:
@@ -485,7 +742,7 @@ def versions() -> dict:
 
 def describe_device(machine: Machine) -> str:
     if machine.device.type == "cuda":
-        return f"{machine.world} x {torch.cuda.get_device_name(machine.device)}"
+        return f"{machine.processes} x {torch.cuda.get_device_name(machine.device)}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{machine.device.type}, {cores} cores, {torch.get_num_threads()} threads"
 
@@ -543,9 +800,10 @@ class Logger:
             memory = peak_memory_gib()
         seconds = max(1e-9, time.perf_counter() - self.since)
         name = torch.cuda.get_device_name() if self.machine.device.type == "cuda" else ""
-        peak = next((flops for gpu, flops in PEAKS.items() if gpu in name), 0.0) * self.machine.world
+        peak = next((flops for gpu, flops in PEAKS.items() if gpu in name), 0.0) * self.machine.processes
+        totals = sum_over_processes(list(losses.values()), self.machine.device)
         record = {
-            "step": step, **{k: round(sum_over_processes(float(v), self.machine.device), 4) for k, v in losses.items()},
+            "step": step, **dict(zip(losses, (round(value, 4) for value in totals), strict=True)),
             "lr": lr,
             "grad_norm": round(float(norm), 3),
             "samples_per_s": round(self.items / seconds, 1),
@@ -584,33 +842,7 @@ def peak_memory_gib() -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures and tables
-
-
-def contact_sheet(path: Path | str, pictures: list, texts: list[list[str]], title="", columns=4, side=200) -> None:
-    """Write a grid of PIL pictures, `side` pixels wide each, its sentences wrapped underneath, one bullet for each."""
-    import textwrap
-
-    from PIL import Image, ImageDraw, ImageFont
-
-    wrapped = [[textwrap.wrap(sentence, side // 7) or [""] for sentence in sentences] for sentences in texts]
-    gap, line, paper, ink = 28, 18, (250, 249, 246), (52, 54, 60)
-    head = 72 if title else gap
-    tall = side + gap + 8 + max(sum(4 + line * len(lines) for lines in text) for text in wrapped)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, head + tall * -(-len(pictures) // columns)), paper)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((gap, 26), title, fill=ink, font=ImageFont.load_default(20))
-    corners = Image.new("L", (4 * side, 4 * side))
-    ImageDraw.Draw(corners).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), radius=40, fill=255)
-    for i, (picture, sentences) in enumerate(zip(pictures, wrapped, strict=True)):
-        x, y = gap + i % columns * (side + gap), head + i // columns * tall
-        sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, y), corners.reduce(4))
-        y += side + 12
-        for lines in sentences:
-            draw.ellipse((x + 2, y + 6, x + 6, y + 10), fill=(186, 180, 168))
-            draw.multiline_text((x + 13, y), "\n".join(lines), fill=ink, font=font, spacing=line - 13)
-            y += line * len(lines) + 4
-    sheet.save(path)
+# Curves and tables
 
 
 def curves(path: Path, log: Path) -> str:
@@ -622,7 +854,7 @@ def curves(path: Path, log: Path) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_log(log)
     quiet = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}
     names = list(dict.fromkeys(k for r in records for k in r if k not in quiet))
     rows = -(-len(names) // 4)

@@ -14,6 +14,7 @@ they miss. Sources of the layouts: the Karpathy split files, and dandelin/ViLT's
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -45,7 +46,9 @@ def load(name: str, root: str | Path | None = None, **scenes_options) -> Corpus:
         return load_own(path)
     if path.exists():
         raise UserError(f"{name} is not own data: pass a .jsonl, a .csv, or a folder with captions.txt")
-    raise UserError(f"data set {name!r} is not known; choose {', '.join(NAMES)}, or pass the path of own data")
+    nearest = difflib.get_close_matches(name.lower(), NAMES, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"data set {name!r} is not known: it is {', '.join(NAMES)} or the path of own data{hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

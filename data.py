@@ -17,6 +17,7 @@ Reading map: items | pictures | words | samples | batches | order | loaders | ow
 from __future__ import annotations
 
 import argparse
+import atexit
 import csv
 import hashlib
 import io
@@ -25,8 +26,11 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import sys
+import textwrap
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +72,9 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self.splits = {split: items for split, items in self.splits.items() if len(items)}
+        if "test" not in self.splits and {"val", "train"} & set(self.splits):
+            instead = "val, which also chooses `best`," if "val" in self.splits else "train"
+            self.notes.append(f"{self.name} has no test split: {instead} is evaluated instead.")
         if "val" not in self.splits:
             self.notes.append(f"{self.name} has no val split: `best` is `last`, and choices are made on train.")
 
@@ -130,7 +137,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image, too
 
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
@@ -146,15 +154,15 @@ def to_pixels(image: Image.Image, size: int, augment: str = "none", rng: random.
     if augment not in AUGMENTATIONS:
         raise UserError(f"augment = {augment!r} is not known; choose one of {', '.join(AUGMENTATIONS)}")
     box = _random_box(image.size, rng) if augment != "none" else None
-    if augment == "crop+flip" and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # the box, blind to the content, may stay as it is
-    canvas = np.zeros((size, size, 3), dtype=np.uint8)
-    if box:
-        canvas[:] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    else:
+    width = height = size
+    if not box:
         width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
-        canvas[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    return torch.from_numpy(canvas).permute(2, 0, 1).contiguous()
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if augment == "crop+flip" and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    canvas = np.zeros((3, size, size), dtype=np.uint8)
+    canvas[:, :height, :width] = np.asarray(image).transpose(2, 0, 1)
+    return torch.from_numpy(canvas)
 
 
 def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, float, float, float] | None:
@@ -169,6 +177,32 @@ def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, 
             left, top = rng.uniform(0, max(0.0, width - w)), rng.uniform(0, max(0.0, height - h))
             return left, top, min(left + w, width), min(top + h, height)
     return None
+
+
+def contact_sheet(path: Path | str, pictures: list, texts: list[list[str]], title="", columns=4, side=200) -> None:
+    """Write a grid of PIL pictures, at most `side` pixels wide and high, their sentences wrapped underneath."""
+    from PIL import ImageDraw, ImageFont
+
+    wrapped = [[textwrap.wrap(sentence, side // 7) or [""] for sentence in sentences] for sentences in texts]
+    gap, line, paper, ink = 28, 18, (250, 249, 246), (52, 54, 60)
+    fitted = [[max(1, round(length * side / max(p.size))) for length in p.size] for p in pictures]
+    pictures = [p.convert("RGB").resize(s, Image.Resampling.LANCZOS) for p, s in zip(pictures, fitted, strict=True)]
+    head, high = 72 if title else gap, max(picture.height for picture in pictures)
+    tall = high + gap + 8 + max(sum(4 + line * len(lines) for lines in text) for text in wrapped)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, head + tall * -(-len(pictures) // columns)), paper)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((gap, 26), title, fill=ink, font=ImageFont.load_default(20))
+    for i, (picture, sentences) in enumerate(zip(pictures, wrapped, strict=True)):
+        x, y = gap + i % columns * (side + gap), head + i // columns * tall
+        corners = Image.new("L", (4 * picture.width, 4 * picture.height))
+        ImageDraw.Draw(corners).rounded_rectangle((0, 0, corners.width - 1, corners.height - 1), radius=40, fill=255)
+        sheet.paste(picture, (x, y), corners.reduce(4))
+        y += high + 12
+        for lines in sentences:
+            draw.ellipse((x + 2, y + 6, x + 6, y + 10), fill=(186, 180, 168))
+            draw.multiline_text((x + 13, y), "\n".join(lines), fill=ink, font=font, spacing=line - 13)
+            y += line * len(lines) + 4
+    sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,7 +254,10 @@ class Tokenizer:
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file} is missing: pass a folder that a run of this project wrote")
-        return _tokenizer_from_text(files[0].read_text("utf-8"), **json.loads(files[1].read_text()))
+        try:
+            return _tokenizer_from_text(files[0].read_text("utf-8"), **json.loads(files[1].read_text()))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"{files[0]} cannot be read ({error}): is the run whole? Take another one") from None
 
     @staticmethod
     def from_pretrained(name_or_dir: str | Path) -> Tokenizer:
@@ -366,13 +403,16 @@ class Pictures(Dataset):
         Without any picture this process could not take its part in the step while the others wait for it. Which one
         steps in follows from the keys, so it is the same after a resume.
         """
-        samples = [self[key] for key in keys]
-        if self.train and all("bad" in sample for sample in samples):
-            epoch, index = keys[-1]
-            for step in range(1, min(len(self), 20)):
-                samples.append(self[epoch, (index + step) % len(self)])
-                if "bad" not in samples[-1]:
-                    break
+        try:
+            samples = [self[key] for key in keys]
+            if self.train and all("bad" in sample for sample in samples):
+                epoch, index = keys[-1]
+                for step in range(1, min(len(self), 20)):
+                    samples.append(self[epoch, (index + step) % len(self)])
+                    if "bad" not in samples[-1]:
+                        break
+        except UserError as error:  # from a worker it would arrive buried in torch's traceback; Loader raises it anew
+            return [{"error": str(error)}]
         return samples
 
 
@@ -385,8 +425,10 @@ def collate(samples: list[dict], bos: int, eos: int, pad: int) -> dict:
 
     image_id: list of B; pixels: uint8 [B, 3, S, S]; bad: messages about the unreadable ones. In training what
     pad_captions gives, k rows an image, image-major: row b*k + j is caption j of image b. In evaluation captions:
-    a list of B tuples of strings.
+    a list of B tuples of strings. {"error": message} alone is handed on.
     """
+    if "error" in samples[0]:
+        return samples[0]
     good = [sample for sample in samples if "bad" not in sample]
     batch = {"image_id": [sample["image_id"] for sample in good], "bad": [s["bad"] for s in samples if "bad" in s]}
     if not good:
@@ -462,45 +504,58 @@ def eval_indices(n: int, rank: int = 0, world: int = 1) -> range:
 
 
 class Loader:
-    """Batches of a DataLoader, with the unreadable files of this process counted, named, or refused."""
+    """Batches of a DataLoader. Unreadable pictures of an evaluation are refused at once; those of training come along
+    as batch["bad"], and the loop, which knows of all processes', hands them to `judge`."""
 
-    def __init__(self, batches: DataLoader, n_items: int, train: bool):
-        self.batches, self.n_items, self.train = batches, n_items, train
+    def __init__(self, batches: DataLoader, n_items: int, train: bool, rank: int = 0, world: int = 1):
+        self.batches, self.n_items, self.train, self.rank, self.world = batches, n_items, train, rank, world
         self.n_seen, self.bad = 0, set()  # distinct messages: a file that comes back each epoch counts once
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in self.batches:
-            self.n_seen += len(batch["image_id"]) + len(batch["bad"])
-            for message in batch["bad"]:
-                self._judge(message)
-            if not batch["image_id"]:
-                raise UserError(f"none of these pictures can be read: {'; '.join(batch['bad'][:3])}")
-            yield batch
+        try:
+            for batch in self.batches:
+                if "error" in batch:
+                    raise UserError(batch["error"])
+                self.n_seen += len(batch["image_id"]) + len(batch["bad"])
+                if batch["bad"] and not self.train:
+                    raise UserError(
+                        f"evaluation stops at a picture that cannot be read: {batch['bad'][0]}\nMend or remove it."
+                    )
+                if not batch["image_id"]:
+                    raise UserError(f"none of these pictures can be read: {'; '.join(batch['bad'][:3])}")
+                yield batch
+        except BaseException:  # left early: end the workers now, not at some later collection of garbage
+            _end_workers(self.batches)
+            raise
 
-    def _judge(self, message: str) -> None:
-        if not self.train:
-            raise UserError(f"evaluation stops at a picture that cannot be read: {message}\nMend or remove it.")
-        if message in self.bad:
-            return
-        self.bad.add(message)
-        if len(self.bad) <= 3:
-            print(f"skipped a picture that cannot be read: {message}", file=sys.stderr)
-        n_seen = min(self.n_seen, self.n_items)
-        if len(self.bad) > 10 and len(self.bad) > 0.01 * n_seen:
-            raise UserError(
-                f"{len(self.bad)} of the first {n_seen} pictures cannot be read, the last one: {message}\n"
-                "`python data.py check` lists them; mend or remove them."
-            )
+    def judge(self, messages: list[str]) -> None:
+        """Count and name unreadable pictures of training, those of all processes in the same order on each of them.
+
+        UserError beyond ten files and 1 % of the pictures that all processes together have seen.
+        """
+        for message in messages:
+            if message in self.bad:
+                continue
+            self.bad.add(message)
+            if len(self.bad) <= 3 and self.rank == 0:
+                print(f"skipped a picture that cannot be read: {message}", file=sys.stderr)
+            n_seen = min(self.n_seen * self.world, self.n_items)
+            if len(self.bad) > 10 and len(self.bad) > 0.01 * n_seen:
+                raise UserError(
+                    f"{len(self.bad)} of the first {n_seen} pictures cannot be read, the last one: {message}\n"
+                    "`python data.py check` lists them; mend or remove them."
+                )
 
 
 def train_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
                  start_step: int = 0, steps: int | None = None, pin: bool = False) -> Loader:
     """Training batches of one process; `batch_images` counts the images of all processes. See TrainBatches."""
     batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps)
-    return Loader(_data_loader(dataset, workers, batch_sampler=batches, pin_memory=pin), len(dataset), train=True)
+    loader = _data_loader(dataset, workers, batch_sampler=batches, pin_memory=pin)
+    return Loader(loader, len(dataset), train=True, rank=rank, world=world)
 
 
 def eval_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1) -> Loader:
@@ -512,19 +567,48 @@ def eval_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: in
 def _data_loader(dataset: Pictures, workers: int, **how) -> DataLoader:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns in every forked worker
     ids = {k: getattr(dataset.tokenizer, k, 0) for k in ("bos", "eos", "pad")}  # pictures alone need no tokenizer
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         num_workers=workers,
         collate_fn=partial(collate, **ids),
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each start would move the global generator, and a resumed run with it
         **how,
     )
+    _with_workers.add(loader)
+    return loader
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread each, and deaf to what is meant for the run: Ctrl-C and a scheduler's SIGTERM reach the workers too,
+    but the main process decides, and may yet need batches for its step. A second SIGTERM ends a stuck worker."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_the_first)
+
+
+def _outlive_the_first(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
+_with_workers: weakref.WeakSet[DataLoader] = weakref.WeakSet()
+
+
+def _end_workers(loader: DataLoader) -> None:
+    """The two private names are torch's; were they gone, only promptness would be lost."""
+    iterator = getattr(loader, "_iterator", None)
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
+@atexit.register
+def _end_all_workers() -> None:
+    """Runs before multiprocessing's own end, which sends each worker a single SIGTERM and waits for it: without this, a
+    run that an error ended would hang."""
+    for loader in list(_with_workers):
+        _end_workers(loader)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,8 +665,14 @@ def load_own(path: Path | str) -> Corpus:
     named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     if len(missing) == len(found):
         raise UserError(f"{source}: none of its images is there ({named}); names are relative to {source.parent}")
+    needed = [name for name in missing if split_of[name] != "train"]
+    if needed:  # better now than in the first evaluation
+        raise UserError(f"{source}: {needed[0]} of split {split_of[needed[0]]} is missing ({len(needed)} such), and "
+                        "evaluation leaves none out; put it there, or take its line out")  # fmt: skip
     if missing:
-        notes.append(f"{source}: {len(missing)} of {len(found)} images are missing: {named}.")
+        notes.append(f"{source}: {len(missing)} of {len(found)} images are missing and left out: {named}.")
+        for name in missing:
+            del found[name]
     splits: dict[str, list[Item]] = {split: [] for split in ("train", "val", "test")}
     for name, captions in found.items():
         splits[split_of[name]].append(Item(Path(name).as_posix(), source.parent / name, tuple(captions)))
@@ -621,7 +711,7 @@ def _read_jsonl(text: str, source: Path):
         where = f"{source}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); every line is one object") from None
         if not isinstance(row, dict) or "image" not in row or not ("caption" in row or "captions" in row):
             raise UserError(f'{where}: a line must be {{"image": "a.jpg", "caption": "..."}}, not {line.strip()[:80]}')

@@ -3,28 +3,37 @@
     tokenizer          tokenize_caption: PTB-like rules, no Java
     BLEU               bleu, bleu_per_image: corpus BLEU-1..4, closest reference length
     ROUGE-L            rouge_l
-    CIDEr-D            CiderD: corpus scores, rewards of one image, one caption against every image
-    captions           caption_metrics: the above from raw strings
+    CIDEr-D            CiderD: corpus scores, pairs of image and caption, one caption against every image
+    rewards            CiderReward, advantage: what self-critical training maximises
+    captions           caption_metrics: the above from raw strings; official_caption_metrics: by the official programs
+    result files       write_caption_results, in the form of COCO and NoCaps (tools/score.py reads them)
     truth on scenes    truth_metrics, verdict: which captions are true, and of how many scenes
     controls           shuffled, best_constant_caption
     decoding           beam_search, greedy, sample, over any object with `step` and `reorder`
-    evaluators         caption_split: decode a split, exactly once per image, on any number of processes
+    evaluators         caption_split: decode a split, exactly once per image, on any number of processes;
+                       evaluate_captions: every test split with its controls; evaluate_runs: --eval-only
 
 BLEU, ROUGE-L and CIDEr-D re-state the definitions of coco-caption (pycocoevalcap) and agree with it to 1e-6 on equal
 tokens; the class `Cider` there is CIDEr-D. All values are fractions but CIDEr-D, where 1.0 is what papers print as 100.
 Throughout, `hyps` holds one caption per image id and `refs` several; tokens may be any hashables (words, token ids).
 """
 
+import dataclasses
 import math
+import os
 import random
 import re
+import shutil
+import sys
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
+import common
 from common import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,9 +142,9 @@ def rouge_l(hyps, refs, beta=1.2):
     values = {}
     for i in _same_images(hyps, refs):
         hyp = hyps[i]
-        common = [(_lcs(hyp, ref), len(ref)) for ref in refs[i]]
-        p = max(length for length, _ in common) / max(1, len(hyp))
-        r = max(length / max(1, ref_len) for length, ref_len in common)
+        shared = [(_lcs(hyp, ref), len(ref)) for ref in refs[i]]
+        p = max(length for length, _ in shared) / max(1, len(hyp))
+        r = max(length / max(1, ref_len) for length, ref_len in shared)
         values[i] = (1 + beta**2) * p * r / (r + beta**2 * p) if p and r else 0.0
     return sum(values.values()) / len(values), values
 
@@ -171,11 +180,10 @@ class CiderD:
     frequencies of a training set, for instance); n-grams unknown there count as df 1.
 
     Of one image alone every score is 0 (log 1 = 0): never build it from a mini-batch; build it from the whole split and
-    ask `score_many` for the rewards.
+    ask `score_pairs` for the scores of one.
 
     All captions live in flat arrays and an n-gram is an integer; the tf-idf vectors of all references of one order are
-    one sorted array of (reference, n-gram) pairs with their weights. Measured on 4,500 images with 5 references: ten
-    times as fast as pycocoevalcap.
+    one sorted array of (reference, n-gram) pairs with their weights. Measured: bench/README.md.
     """
 
     SIGMA = 6.0  # words; of the length factor, as in coco-caption
@@ -252,14 +260,20 @@ class CiderD:
     def _length_factor(self, texts, refs):
         return np.exp(-((texts - self.lengths[refs]) ** 2) / (2 * self.SIGMA**2))
 
-    def _score(self, texts, ids):
-        """[H] CIDEr-D of texts[k] against the references of image ids[k]."""
+    def score_pairs(self, ids, hyps):
+        """[len(hyps)] CIDEr-D of each caption hyps[k], a token list, against the references of image ids[k].
+
+        Ids may repeat. Raises UserError for an image without references."""
+        unknown = [i for i in ids if i not in self.first]
+        if unknown or len(ids) != len(hyps):
+            what = f"no references for images {unknown[:3]}" if unknown else f"{len(ids)} ids, {len(hyps)} captions"
+            raise UserError(f"CIDEr-D: {what}")
         start, count = np.array([(self.first[i], self.count[i]) for i in ids], dtype=int).reshape(-1, 2).T
         text_of, ref_of = _ranges(start, count)  # [P] all pairs of a text and a reference of its image
         first_pair = np.cumsum(count) - count
         similarity = np.zeros(len(text_of))
         for (text, gram, _, weight, norm), (keys, _, pairs, ref_weight, ref_norm) in zip(
-            self._vectors(texts), self.orders, strict=True
+            self._vectors(hyps), self.orders, strict=True
         ):
             element, pair = _ranges(first_pair[text], count[text])
             at, found = _find(pairs, ref_of[pair] * len(keys) + gram[element])
@@ -268,20 +282,19 @@ class CiderD:
             dot = np.bincount(pair, np.minimum(weight[element], r) * r, minlength=len(text_of))
             norms = norm[text_of] * ref_norm[ref_of]
             similarity += dot / np.where(norms > 0, norms, 1.0)
-        similarity *= self._length_factor(_lengths(texts)[text_of], ref_of)
-        return 10 / 4 * np.bincount(text_of, similarity, minlength=len(texts)) / count
+        similarity *= self._length_factor(_lengths(hyps)[text_of], ref_of)
+        return 10 / 4 * np.bincount(text_of, similarity, minlength=len(hyps)) / count
 
     def score(self, hyps):
         """hyps: dict id -> token list, of any of the prepared images. Returns (mean, dict id -> CIDEr-D)."""
-        unknown = [i for i in hyps if i not in self.first]
-        if unknown or not hyps:
-            raise UserError(f"CIDEr-D: {f'no references for images {unknown[:3]}' if hyps else 'no captions to score'}")
-        values = self._score(list(hyps.values()), list(hyps))
+        if not hyps:
+            raise UserError("CIDEr-D: no captions to score")
+        values = self.score_pairs(list(hyps), list(hyps.values()))
         return float(values.mean()), dict(zip(hyps, values.tolist(), strict=True))
 
     def score_many(self, image_id, hyps):
-        """[len(hyps)] CIDEr-D of several captions of one image: the rewards of self-critical training."""
-        return self._score(hyps, [image_id] * len(hyps))
+        """[len(hyps)] CIDEr-D of several captions of one image."""
+        return self.score_pairs([image_id] * len(hyps), hyps)
 
     def score_everywhere(self, texts):
         """[H] mean CIDEr-D over all images when every image gets the text.
@@ -316,6 +329,53 @@ class CiderD:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rewards of self-critical training (Rennie et al. 2017, arXiv 1612.00563)
+
+
+class CiderReward:
+    """CIDEr-D of sampled captions against the training references, prepared once.
+
+    captions_by_id: dict id -> raw captions of the whole training split, from which the document frequencies come too
+    (one document per image). References end with the word "<eos>", and so does a caption that the model has ended
+    itself: otherwise models learn to break off on "in front of a" (ruotianluo/self-critical.pytorch does the same).
+    Raises UserError for a split of one image, whose rewards would all be 0.
+    """
+
+    END = "<eos>"  # no caption contains it: the tokenizer takes "<" for a word of its own
+
+    def __init__(self, captions_by_id):
+        if len(captions_by_id) < 2:
+            raise UserError(f"CIDEr-D rewards need 2 images or more to weigh words by, not {len(captions_by_id)}")
+        refs = {i: [[*tokenize_caption(text), self.END] for text in texts] for i, texts in captions_by_id.items()}
+        self.cider = CiderD(refs)
+
+    def reward(self, image_ids, texts, ended):
+        """float64 [len(texts)]: CIDEr-D (1.0 = "100") of each raw caption for its image; ids may repeat.
+
+        ended: per caption, whether the model closed it itself, not the limit of length."""
+        hyps = [tokenize_caption(text) + [self.END] * bool(end) for text, end in zip(texts, ended, strict=True)]
+        return self.cider.score_pairs(image_ids, hyps)
+
+
+def advantage(rewards, baseline="leave-one-out", greedy_rewards=None):
+    """[B, k]: how much better each of the k samples of an image is than the baseline. Arrays or tensors, as given.
+
+    leave-one-out: the mean reward of the other k - 1 samples (arXiv 2003.09971). greedy: greedy_rewards [B], those of
+    the model's greedy captions (Rennie et al.). Neither depends on the sample itself, so neither adds bias.
+    """
+    B, k = rewards.shape  # images, samples of each
+    if baseline == "leave-one-out":
+        if k < 2:
+            raise UserError("leave-one-out needs 2 samples an image or more: raise their number or take the greedy one")
+        return rewards - (rewards.sum(1)[:, None] - rewards) / (k - 1)
+    if baseline != "greedy":
+        raise UserError(f"baseline {baseline!r} is not known: it is leave-one-out or greedy")
+    if greedy_rewards is None or len(greedy_rewards) != B:
+        raise UserError(f"the greedy baseline needs the rewards of the greedy captions, one for each of {B} images")
+    return rewards - greedy_rewards[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Captions
 
 
@@ -328,6 +388,97 @@ def caption_metrics(hyps, refs):
     refs = {i: [tokenize_caption(ref) for ref in refs[i]] for i in ids}
     cider = CiderD(refs).score(hyps)[0]  # first, because it names images without references
     return {**bleu(hyps, refs), "ROUGE_L": rouge_l(hyps, refs)[0], "CIDEr_D": cider}
+
+
+@contextmanager
+def _quiet():
+    """Java writes past sys.stdout and sys.stderr, so the descriptors themselves are turned away."""
+    sys.stdout.flush()
+    kept = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            for descriptor, old in enumerate(kept, start=1):
+                os.dup2(old, descriptor), os.close(old)
+
+
+def official_caption_metrics(hyps, refs):
+    """(metrics, notes) of the official programs, through pycocoevalcap: Stanford's PTB tokenizer, then BLEU_1..4,
+    ROUGE_L, CIDEr_D, METEOR and SPICE, on the scale of `caption_metrics`.
+
+    hyps: dict id -> caption; refs: dict id -> captions of the same images. What this machine cannot compute is left
+    out, and a note says why and what to do. METEOR takes 7 seconds to start; nothing is downloaded here.
+    """
+    ids = _same_images(hyps, refs)
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.spice import spice
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    except ImportError as error:
+        return {}, [f"no official metrics: {error}; `pip install pycocoevalcap`"]
+    if not shutil.which("java"):
+        return {}, ["no official metrics: their tokenizer needs Java, and `java` is not on PATH; install a JRE"]
+
+    def line(text):
+        """The tokenizer reads a caption a line: a line end inside (\\n is one of many) would shift all that follow."""
+        return {"caption": " ".join(text.encode("utf-8", "replace").decode().split())}
+
+    texts = [{k: [line(hyps[i])] for k, i in enumerate(ids)}]
+    texts += [{k: [line(ref) for ref in refs[i]] for k, i in enumerate(ids)}]
+    metrics, notes = {}, []
+    with _quiet():
+        try:
+            hyps, refs = map(PTBTokenizer().tokenize, texts)
+        except OSError as error:
+            return {}, [f"no official metrics: their tokenizer failed ({error}); it writes to its own folder"]
+        if [[len(of[k]) for k in of] for of in texts] != [[len(of[k]) for k in of] for of in (hyps, refs)]:
+            return {}, ["no official metrics: their tokenizer lost captions; does `java -version` work?"]
+        try:
+            values = Bleu(4).compute_score(refs, hyps, verbose=0)[0]
+            metrics |= {f"BLEU_{n}": float(value) for n, value in enumerate(values, start=1)}
+            metrics["ROUGE_L"] = float(Rouge().compute_score(refs, hyps)[0])
+            metrics["CIDEr_D"] = float(Cider().compute_score(refs, hyps)[0])
+        except Exception as error:  # references without a single word, for instance
+            return {}, [f"no official metrics: pycocoevalcap failed ({error!r})"]
+        models = [Path(spice.__file__).parent / f"lib/stanford-corenlp-3.6.0{kind}.jar" for kind in ("", "-models")]
+        programs = {"METEOR": (Meteor, "2 GB of memory"), "SPICE": (spice.Spice, "8 GB of memory and Java 8")}
+        if not all(jar.is_file() for jar in models):  # SPICE would start to download them
+            del programs["SPICE"]
+            fetch = "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"
+            notes.append(f'no SPICE: its CoreNLP models are missing; fetch them once: `python -c "{fetch}"`')
+        for name, (program, needs) in programs.items():
+            scorer = None
+            try:
+                scorer = program()
+                metrics[name] = float(scorer.compute_score(refs, hyps)[0])
+            except Exception as error:  # a Java program may die of anything, and the other numbers are worth having
+                notes.append(f"no {name}: its Java program failed ({error!r}); it needs {needs}")
+                if hasattr(scorer, "lock") and scorer.lock.locked():
+                    scorer.lock.release()  # METEOR's destructor would wait for it forever
+            del scorer
+    return metrics, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Result files of COCO and NoCaps
+
+
+def write_caption_results(path, captions):
+    """captions, a dict image_id -> caption, as the flat list [{"image_id": 42, "caption": "a dog"}] that COCO's and
+    NoCaps' servers take: one entry an image. Integer ids stay integers. Raises UserError where it cannot be written."""
+    wrong = [i for i, caption in captions.items() if not isinstance(caption, str)]
+    if wrong or not captions:
+        raise UserError(f"{path}: {f'the captions of {wrong[:3]} are not text' if wrong else 'no captions to write'}")
+    rows = [{"image_id": i if isinstance(i, str) else int(i), "caption": text} for i, text in captions.items()]
+    try:
+        common.write_json(Path(path), rows)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be written ({error}); make room, or take a folder that exists") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,15 +603,38 @@ def greedy(decoder, B, bos, eos, max_new, device="cpu"):
     return beam_search(decoder, B, 1, bos, eos, max_new, alpha=0.0, device=device)
 
 
+def _truncated(logits, top_k, top_p):
+    """logits [R, V] with -inf outside the kept tokens: the top_k most probable, of these the fewest that reach mass
+    top_p. The most probable token always stays."""
+    values, token = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        values[:, top_k:] = -math.inf
+    if top_p < 1:
+        p = values.softmax(-1)
+        values[p.cumsum(-1) - p >= top_p] = -math.inf  # those before it reach top_p already
+    return torch.empty_like(logits).scatter(1, token, values)
+
+
 @torch.no_grad()
-def sample(decoder, B, bos, eos, max_new, generator, temperature=1.0):
+def sample(decoder, B, bos, eos, max_new, generator, temperature=1.0, top_k=0, top_p=1.0):
     """One multinomial sample per row, on the generator's device: (ids [B, max_new] filled with eos after the end,
-    summed log p [B] under the tempered distribution, eos included)."""
+    summed log p [B] under the distribution that was sampled from, eos included).
+
+    logits / temperature, then the top_k most probable tokens (0: all), then of these the nucleus: the fewest whose
+    mass reaches top_p (Holtzman et al. 2020). Of equally probable tokens the lower id is kept.
+    """
+    if temperature <= 0:
+        raise UserError(f"sampling needs a temperature above 0, not {temperature}; greedy decoding is its limit at 0")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(f"sampling needs top_k >= 0 (0: off) and 0 < top_p <= 1 (1: off), not {top_k} and {top_p}")
     ids = torch.full((B, 1), bos, dtype=torch.long, device=generator.device)
     total = torch.zeros(B, device=generator.device)
     is_live = torch.ones(B, dtype=torch.bool, device=generator.device)
     for _ in range(max_new):
-        log_p = (decoder.step(ids).float() / temperature).log_softmax(-1)
+        logits = decoder.step(ids).float() / temperature
+        if top_k or top_p < 1:
+            logits = _truncated(logits, top_k, top_p)
+        log_p = logits.log_softmax(-1)
         token = torch.multinomial(log_p.exp(), 1, generator=generator)
         total += log_p.gather(1, token)[:, 0].masked_fill(~is_live, 0.0)
         token = token.masked_fill(~is_live[:, None], eos)
@@ -484,8 +658,107 @@ def caption_split(decode, loader):
     captions = {}
     for batch in loader:
         captions.update(zip(batch["image_id"], decode(batch["pixels"]), strict=True))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, captions)
-        captions = {i: caption for share in shares for i, caption in share.items()}
-    return captions
+    return dict(common.gather_lists(list(captions.items())))
+
+
+CAPTION_PROTOCOL = {
+    "tokenizer_of_metrics": "rule; in the column `official`, where there is one, PTB (pycocoevalcap)",
+    "constant_caption": "of the captions of the first 3,000 training pictures, the best by CIDEr-D on the first 500 of "
+    "val (of train, where there is no val)",
+}
+
+
+def score_captions(items, hyps):
+    """caption_metrics of {image_id: caption} against the items' own captions and, on scenes, truth_metrics."""
+    metrics = caption_metrics(hyps, {item.image_id: item.captions for item in items})
+    if hasattr(items[0].image, "objects"):
+        metrics |= truth_metrics(hyps, {item.image_id: item.image for item in items})
+    return metrics
+
+
+def evaluate_captions(corpus, caption_items, folder, is_main=True, official=True):
+    """Every test split of a corpus with its controls, for any model that captions.
+
+    caption_items(items) -> {image_id: caption}, the same on every process. Returns the splits of metrics.json and the
+    columns of a table, both empty but on the first process, which writes captions_SPLIT.json (a COCO result file) and
+    samples.png into `folder`. official: on photographs also official_caption_metrics, which cost Java's time.
+    """
+    splits, columns = {}, {}
+    tests = [name for name in corpus.splits if name.startswith("test")]
+    tests = tests or [name for name in ("val", "train") if name in corpus.splits][:1]  # a handful of own pictures
+    for split in tests:
+        items = list(corpus.splits[split])
+        hyps = caption_items(items)
+        if not is_main:
+            continue
+        write_caption_results(folder / f"captions_{split}.json", hyps)
+        # A caption depends on its picture alone, so captioning permuted pictures = permuting the captions: no cost.
+        ids = list(hyps)
+        permuted = {i: hyps[j] for i, j in zip(ids, shuffled(ids), strict=True)}
+        controls = {"shuffled_images": score_captions(items, permuted)}
+        splits[split] = {"metrics": score_captions(items, hyps), "controls": controls}
+        columns |= {split: splits[split]["metrics"], f"{split}, shuffled": controls["shuffled_images"]}
+        if split != tests[0]:
+            continue
+        train = corpus.splits.get("train", items)
+        constant = best_constant_caption(
+            [text for item in train[:3000] for text in item.captions],
+            {item.image_id: item.captions for item in corpus.splits.get("val", train)[:500]},
+        )
+        columns["constant"] = score_captions(items, dict.fromkeys(ids, constant))
+        controls["constant_caption"] = {**columns["constant"], "caption": constant}
+        if official and not hasattr(items[0].image, "objects"):  # scenes have a judge of their own
+            found, notes = official_caption_metrics(hyps, {item.image_id: item.captions for item in items})
+            splits[split] |= {"official": found, "official_notes": notes}
+            columns |= {f"{split}, official": found} if found else {}
+            print("\n".join(f"note: {note}" for note in notes))
+        draw_captions(folder / "samples.png", items[:16], hyps)
+    return splits, columns
+
+
+def draw_captions(path, items, hyps):
+    """A contact sheet: pictures, what the model says, whether that is true (scenes), a reference."""
+    from data import contact_sheet, load_image
+
+    texts = []
+    for item in items:
+        judged = f" [{verdict(hyps[item.image_id], item.image)}]" if hasattr(item.image, "objects") else ""
+        texts.append([hyps[item.image_id] + judged, f"reference: {item.captions[0]}"])
+    contact_sheet(path, [load_image(item.image, 200) for item in items], texts)
+
+
+def how_it_sees(metrics, shuffled_metrics):
+    """One sentence on whether a captioner of scenes looks at its pictures."""
+    true, blind = metrics["caption_true"], shuffled_metrics["caption_true"]
+    told = "it sees" if true > 0.3 and true > 4 * blind else "it hardly looks; train longer (--steps)"
+    return f"{true:.0%} of the captions are true of their scene, {blind:.0%} with shuffled pictures: {told}."
+
+
+def evaluate_runs(sources: list[str], given: dict, model_name, config_class, flags: list[str], check, evaluate) -> None:
+    """--eval-only: finished runs, each on its own data or on what the flags say, in one table for each split.
+
+    check(cfg) raises UserError; evaluate(cfg, checkpoint, machine, folder) -> {split or control: metrics}.
+    """
+    common.allow(given, common.EVAL_FLAGS + flags, "--eval-only")
+    sources = sources or [given["init"]] if given.get("init", "none") != "none" else sources
+    if not sources:
+        raise UserError(f"--eval-only needs a trained model: --eval-only RUN, e.g. runs/{model_name}-scenes")
+    found = [(source, *common.find_checkpoint(source, model_name)) for source in sources]
+    configs = [common.config_from(config_class, {**values, "out": "", **given}) for _, _, values in found]
+    for cfg in configs:
+        check(cfg)
+    machine, tables = common.start_machine(configs[0]), {}
+    is_mixed = len({cfg.data for cfg in configs}) > 1
+    run = common.Run.create(model_name, dataclasses.replace(configs[0], task="eval"), machine)
+    for i, (cfg, (source, checkpoint, _)) in enumerate(zip(configs, found, strict=True)):
+        folder = run.path if len(found) == 1 else run.path / f"{i + 1}-{checkpoint.parent.name}-{checkpoint.name}"
+        if machine.is_main:
+            folder.mkdir(exist_ok=True)
+            common.write_json(folder / "config.json", {"model": model_name, **dataclasses.asdict(cfg), "task": "eval"})
+        for name, column in evaluate(cfg, checkpoint, machine, folder).items():
+            title, heading = ("", name) if len(found) == 1 else (name, source + f" on {Path(cfg.data).stem}" * is_mixed)
+            tables.setdefault(title, {})[heading] = column
+    for title, columns in tables.items():  # empty on all processes but the first
+        print(f"\n{title}\n{common.table(columns)}")
+    if machine.is_main:
+        print(f"\n{run.path}: metrics.json, samples.png and result files")

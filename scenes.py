@@ -5,17 +5,20 @@ of a small grammar, and whether a sentence is true of a scene is computed, not g
 
     (seed, split, i) ──> Scene ──┬─> render ──> picture             ┌─> captions   five true sentences, with synonyms
                                  ├─> regions ─> boxes, features     ├─> edited     one word changed, now false
-                                 └─> language <──> statements ──────┴─> is_true    true / false / unknown / unparsable
+                                 ├─> language <──> statements ──────┴─> is_true    true / false / unknown / unparsable
+                                 ├─> questions  (as in VQA v2)  ────> answer            programs that solve
+                                 ├─> Pairs      (as in NLVR2)   ────> pair_is_true      each task by looking
+                                 ├─> Hypotheses (as in SNLI-VE) ────> is_true
+                                 └─> Tagged     (as in VCR)     ────> choose_answer, choose_rationale
 
-    python scenes.py show                    a contact sheet of the tiny world: scenes.png
-    python scenes.py show --world full       more shapes, colours and fills, and panels that hide things
+    python scenes.py show                                  a contact sheet of the tiny world: scenes.png
+    python scenes.py show --world full --task questions    panels that hide things; captions, pairs, hypotheses, tagged
 
 *Unknown* is the interesting answer: a grey panel hides up to two further objects, and a sentence is unknown when some
 filling of the panel makes it true and another makes it false. What really lies there never matters.
 """
 from __future__ import annotations
 
-import argparse
 import collections.abc
 import functools
 import itertools
@@ -28,7 +31,7 @@ from enum import Enum
 import numpy  # by its full name: `np` is a noun phrase in this file
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-from common import UserError, contact_sheet
+from common import UserError, run_main
 
 # ---- The world: what there is ---------------------------------------------------------------------------------------
 
@@ -51,6 +54,10 @@ class World:
     max_objects: int
     panel: float         # probability that a scene has a panel
     held_out: frozenset  # of (color, shape)
+
+    @property
+    def aspects(self):
+        return [name for name in ("color", "shape", "size", "fill") if len(getattr(self, name + "s")) > 1]
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,7 @@ def get_world(world):
 
 def radii(world, size):
     """(smallest, largest) radius of an object of that size word, in units of the picture's side."""
-    scale = CROWDED if world.panel > 0 or world.max_objects > 3 else 1.0
-    return tuple(scale * r for r in SMALL_AND_LARGE[size])
+    return tuple((CROWDED if world.panel > 0 or world.max_objects > 3 else 1.0) * r for r in SMALL_AND_LARGE[size])
 
 
 # ---- Scenes: where it is --------------------------------------------------------------------------------------------
@@ -193,8 +199,11 @@ class Scenes(collections.abc.Sequence):
 
     def __getitem__(self, i):
         if not -self.n <= i < self.n:
-            raise IndexError(f"scene {i} of {self.n}")
-        return make_scene(self.world, self.split, i % self.n, self.seed)
+            raise IndexError(f"{i} of {self.n} {type(self).__name__.lower()}")
+        return self._make(i % self.n)
+
+    def _make(self, i):
+        return make_scene(self.world, self.split, i, self.seed)
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
@@ -510,8 +519,8 @@ def parse(sentence):
     return kind(**dict(zip(names, values, strict=True))) if kind and len(names) == len(values) else None
 
 
-def realise(statement, rng):
-    """One of the sentences that make this statement, template and words chosen by `rng` (a random.Random)."""
+def realise(statement, rng, phrase=False):
+    """A sentence that makes this statement, words and template by `rng` (a random.Random); `phrase`: the first one."""
     variant = ""
     if isinstance(statement, Count):
         variant = "single" if statement.n == 1 else "several"
@@ -519,7 +528,8 @@ def realise(statement, rng):
         a = statement.attribute
         variant = "adj" if a.shape is None and sum(v is not None for v in (a.color, a.fill, a.size)) == 1 else "noun"
     return "".join([part if isinstance(part, str) else _words(getattr(statement, part[0]), *part, rng)
-                    for part in rng.choice(_PIECES[type(statement), variant])])
+                    for part in (_PIECES[type(statement), variant][0] if phrase else
+                                 rng.choice(_PIECES[type(statement), variant]))])
 
 
 def _words(value, field, form, rng):
@@ -549,6 +559,11 @@ def matches(np, o):
             and (np.size is None or np.size == o.size) and (np.fill is None or np.fill == o.fill))
 
 
+def _within(place, o):
+    x0, y0, x1, y1 = PLACES[place]
+    return x0 <= o.x <= x1 and y0 <= o.y <= y1
+
+
 def holds(statement, objects):
     """Is the statement true of exactly these objects? A bool."""
     match statement:
@@ -564,8 +579,7 @@ def holds(statement, objects):
         case Count(n, np):
             return sum(matches(np, o) for o in objects) == n
         case Place(np, place):
-            x0, y0, x1, y1 = PLACES[place]
-            return any(x0 <= o.x <= x1 and y0 <= o.y <= y1 and matches(np, o) for o in objects)
+            return any(_within(place, o) and matches(np, o) for o in objects)
         case Nothing(np):
             return not any(matches(np, o) for o in objects)
         case Every(np, attribute):
@@ -585,21 +599,29 @@ def noun_phrases(statement):
 def _representatives(world, nps):
     """What could lie in a slot, one for each pattern of the noun phrases it matches: no statement sees more of it."""
     kinds = {(False,) * len(nps): None}  # what matches nothing is as good as an empty slot
-    for kind in itertools.product(world.shapes, world.colors, world.fills, world.sizes):
+    named = {value for np in nps for value in vars(np).values()}  # of all others in an aspect, one does: much faster
+    choices = ([*(v for v in values if v in named), *[v for v in values if v not in named][:1]]
+               for values in (world.shapes, world.colors, world.fills, world.sizes))
+    for kind in itertools.product(*choices):
         o = Obj(*kind, 0, 0, 0)
         kinds.setdefault(tuple(matches(np, o) for np in nps), kind)
     return tuple(kinds.values())
 
 
-def truth(statement, scene):
-    """TRUE, FALSE, or UNKNOWN: some filling of the panel (none, one or both slots) makes it true, another false."""
-    visible = holds(statement, scene.objects)
-    if scene.panel is None or (visible and isinstance(statement, MONOTONE)):
-        return Truth.TRUE if visible else Truth.FALSE
-    kinds = _representatives(scene.world, noun_phrases(statement))
+def fillings(scene, nps):
+    """The visible objects with each filling of the panel (none, one or both slots) that the noun phrases tell apart."""
+    if scene.panel is None:
+        return (scene.objects,)
+    kinds = _representatives(scene.world, nps)
     slots = [[(Obj(*kind, x, y, 0),) if kind else () for kind in kinds] for x, y in scene.panel.slots]
-    for first, second in itertools.product(*slots):
-        if holds(statement, scene.objects + first + second) != visible:
+    return (scene.objects + first + second for first, second in itertools.product(*slots))
+
+
+def truth(statement, scene):
+    """TRUE, FALSE, or UNKNOWN: some filling of the panel makes it true, another false."""
+    visible = holds(statement, scene.objects)
+    if not (visible and isinstance(statement, MONOTONE)):
+        if any(holds(statement, objects) != visible for objects in fillings(scene, noun_phrases(statement))):
             return Truth.UNKNOWN
     return Truth.TRUE if visible else Truth.FALSE
 
@@ -647,7 +669,7 @@ def describe(o, rng):
               size=o.size if luck < 0.1 or rng.random() < 0.5 else None)
 
 
-def _claim(kind, o, scene, rng):
+def _claim(kind, o, scene, rng, describe=describe):
     """A true statement of this kind about o, or None. True by construction, also for any filling of a panel."""
     if kind is Relation:
         pairs = [(rel, p) for p in scene.objects for rel, (dx, dy) in DIRECTIONS.items()
@@ -658,7 +680,7 @@ def _claim(kind, o, scene, rng):
     elif kind is Both:
         return Both(describe(o, rng), describe(rng.choice([p for p in scene.objects if p is not o]), rng))
     elif kind is Place:
-        places = [name for name, (x0, y0, x1, y1) in PLACES.items() if x0 <= o.x <= x1 and y0 <= o.y <= y1]
+        places = [place for place in PLACES if _within(place, o)]
         if places:
             return Place(describe(o, rng), rng.choice(places))
     elif kind is Count and scene.panel is None:  # behind a panel there may always be one more
@@ -705,25 +727,274 @@ def edited(caption, scene, rng):
     return None
 
 
-# ---- The contact sheet ----------------------------------------------------------------------------------------------
+# ---- Tasks: what they share -----------------------------------------------------------------------------------------
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="The small world: look at its scenes and their captions.")
-    show = parser.add_subparsers(required=True).add_parser("show", help="draw scenes with their captions")
-    show.add_argument("--world", default="tiny", choices=list(WORLDS))
-    show.add_argument("--split", default="train", choices=SPLITS)
-    show.add_argument("--seed", type=int, default=0)
-    show.add_argument("--out", default="scenes.png", help="file to write (default: scenes.png)")
-    args = parser.parse_args(argv)
-    title = f"The small world   ·   {args.world}   ·   {args.split}   ·   seed {args.seed}"
-    sample = list(Scenes(args.world, args.split, 12, args.seed))
-    try:
-        contact_sheet(args.out, [render(scene, 224) for scene in sample], [captions(scene) for scene in sample], title,
-                      side=224)
-    except (OSError, ValueError) as error:  # ValueError: PIL does not know the ending
-        raise SystemExit(f"cannot write {args.out}: {error}; give --out a path that ends in .png") from error
-    print(f"wrote {args.out}: 12 scenes of the {args.world} world, split {args.split}, seed {args.seed}")
+# Words alone must not tell a label, so each text meets each label as often: a group of scenes shares it, or it is drawn
+# alike from a scene and its foil, which answers otherwise. A noun phrase describes an object, so it is never held out.
+ASPECTS = {"color": "colour", "shape": "shape", "size": "size", "fill": "pattern"}  # of an object, and their names
+
+
+def _brief(o, rng, without=(), numbers=(1, 1, 2)):
+    """A vague noun phrase for an object, true of many others: one attribute, seldom two."""
+    names = [name for name in ASPECTS if name not in without and getattr(o, name) != "solid"]
+    return NP(**{name: getattr(o, name) for name in rng.sample(names, rng.choice(numbers))})
+
+
+def _proposal(kinds, scenes, rng):
+    """A statement of one of these kinds about an object of any of these scenes, or None."""
+    kind, scene, say = rng.choice(kinds), rng.choice(scenes), rng.choice((describe, _brief))
+    o, p = rng.choice(scene.objects), rng.choice(rng.choice(scenes).objects)
+    if kind is Nothing:
+        return Nothing(say(o, rng))
+    if kind is More:
+        return More(_brief(o, rng), _brief(p, rng))
+    if kind is Every:
+        return Every(*rng.sample([NP(shape=o.shape), NP(color=o.color), NP(size=o.size)], 2))
+    return None if kind is Both and len(scene.objects) == 1 else _claim(kind, o, scene, rng, say)
+
+
+# ---- Questions with ten answers (the form of VQA v2) ----------------------------------------------------------------
+
+ASKED = {  # what is asked -> questions; {} is a noun phrase, with a place or without
+    "color": ("what colour is the {}", "what is the colour of the {}"),
+    "shape": ("what shape is the {}", "what is the shape of the {}"),
+    "size": ("what size is the {}", "is the {} large or small"),
+    "fill": ("what pattern has the {}", "is the {} solid, striped or dotted"),
+    "n": ("how many {} are there", "how many {} can you see", "what is the number of {}")}
+INVERTED = {"there is ": "is there ", "there are ": "are there ", "the picture shows ": "does the picture show ",
+            "we see ": "do we see ", "": "is it true that "}
+_ASKED = [(re.compile(text.replace("{}", "(.+?)") + "$"), what) for what, texts in ASKED.items() for text in texts]
+_PLACES = {f" {words}": place for place, phrases in WORDS["place"].items() for words in phrases}
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answers: tuple  # of ten annotators: most give `answer`, some say it in another word, some are mistaken
+    kind: str       # "yes/no" or a key of ASKED
+    answer: str
+
+
+def questions(scene, k=4):
+    """Up to k different questions whose answer can be seen, half of them yes/no, the same every time."""
+    rng = random.Random(f"questions {scene.world.name} {scene.seed} {scene.split} {scene.index}")
+    # Foils are scenes -1, -2, ... of the split; with a panel where the scene has one, or a panel alone would say "yes".
+    foils = (make_scene(scene.world, scene.split, ~(scene.index + j), scene.seed) for j in range(50))
+    foil = next((s for s in foils if (s.panel is None) == (scene.panel is None)), scene)
+    found = {}
+    for attempt in range(40 * k):
+        ask = (_ask_yes_no, _ask_open)[(len(found) if attempt < 20 * k else attempt) % 2]
+        if len(found) < k and (asked := ask(scene, foil, rng)):
+            text, kind, value, others = asked
+            others = rng.choices(others, k=rng.choice((0, 0, 1, 2, 3, 4)))
+            answers = rng.sample([value] * (10 - len(others)) + others, 10)
+            found.setdefault(text, Question(text, tuple(answers), kind, value))
+    return list(found.values())
+
+
+def _ask_yes_no(scene, foil, rng):
+    kinds = (Place, Relation) if scene.panel else (Exists, Both, Relation, Place, Count, Nothing, Every, More)
+    statement = _proposal(kinds, (scene, foil), rng)
+    if statement is None or {verdict := truth(statement, scene), truth(statement, foil)} != {Truth.TRUE, Truth.FALSE}:
+        return None
+    said = next(said for said in iter(lambda: realise(statement, rng), None)  # "is it true that a disc" would not do
+                if re.search(r"\b(is|are|can|shows|see|outnumber)\b", said))
+    text = next(asked + said[len(told):] for told, asked in INVERTED.items() if said.startswith(told))
+    return text + "?", "yes/no", *(("yes", ["no"]) if verdict is Truth.TRUE else ("no", ["yes"]))
+
+
+def _ask_open(scene, foil, rng):
+    what = rng.choice(["n", *scene.world.aspects])
+    o = rng.choice(rng.choice((scene, foil) if what == "n" else (scene,)).objects)
+    np, place = _brief(o, rng, [what], (0, 1, 2)), rng.choice([None, *(p for p in PLACES if _within(p, o))])
+    value = _reply(what, np, place, scene)
+    if value is None or what == "n" and (  # none and one would be most of the numbers
+            _reply(what, np, place, foil) in (None, value) or value in "01" and rng.random() < 0.5):
+        return None
+    same = WORDS["n"].get(int(value), ("none",)) if what == "n" else WORDS[what][value][1:]
+    likes = [{**vars(o), what: v} for v in ("0123" if what == "n" else getattr(scene.world, what + "s")) if v != value]
+    wrong = [like[what] for like in likes if scene.split == "test_compositional"
+             or (like["color"], like["shape"]) not in scene.world.held_out]
+    phrase = _words(np, None, "many" if what == "n" else "bare", rng)
+    text = rng.choice(ASKED[what]).format(phrase + (f" {rng.choice(WORDS['place'][place])}" if place else "")) + "?"
+    return text, what, value, [*same, *same, rng.choice(wrong)]
+
+
+def _reply(what, np, place, scene):
+    """What "the np" at the place is like, or how many there are, in a word; None if unknown or not exactly one."""
+    replies = set()
+    for objects in fillings(scene, (np,)):
+        meant = [o for o in objects if matches(np, o) and (place is None or _within(place, o))]
+        replies.add(str(len(meant)) if what == "n" else getattr(meant[0], what) if len(meant) == 1 else None)
+    return replies.pop() if len(replies) == 1 else None
+
+
+def answer(question, scene):
+    """The answer to a question, by looking: "yes", "no", a number or a word; None if unknown or not of the language."""
+    text = normalise(question.rstrip(" ?"))
+    for told, asked in INVERTED.items():
+        if text.startswith(asked):
+            return {Truth.TRUE: "yes", Truth.FALSE: "no"}.get(is_true(told + text[len(asked):], scene))
+    for pattern, what in _ASKED:
+        if match := pattern.match(text):
+            place = next((words for words in _PLACES if match[1].endswith(words)), "")
+            nothing = parse(f"there {'are' if what == 'n' else 'is'} no {match[1].removesuffix(place)}")
+            return nothing and _reply(what, nothing.np, _PLACES.get(place), scene)
+    return None
+
+
+# ---- Statements on pairs of pictures (the form of NLVR2), and hypotheses (the form of SNLI-VE) ----------------------
+
+_SIMPLE, _MOST = (Exists, Place, Count), (Exists, Both, Relation, Place, Count, More)
+PAIR_FORMS = {  # text -> kinds of statements to put in, test; x, y: the objects left and right; {many}: what to count
+    "the left picture shows more {many} than the right one": ((), lambda s, x, y: _count(s, x) > _count(s, y)),
+    "the right picture shows more {many} than the left one": ((), lambda s, x, y: _count(s, x) < _count(s, y)),
+    "both pictures show the same number of {many}": ((), lambda s, x, y: _count(s, x) == _count(s, y)),
+    "one picture shows {} and the other {}": (
+        _SIMPLE, lambda s, t, x, y: holds(s, x) and holds(t, y) or holds(t, x) and holds(s, y)),
+    "together the pictures show {}": ((Count, More), lambda s, x, y: holds(s, x + y)),
+    "the left picture shows {}": (_MOST, lambda s, x, y: holds(s, x)),
+    "the right picture shows {}": (_MOST, lambda s, x, y: holds(s, y)),
+    "both pictures show {}": (_SIMPLE, lambda s, x, y: holds(s, x) and holds(s, y)),
+    "exactly one picture shows {}": (_MOST, lambda s, x, y: holds(s, x) != holds(s, y)),
+    "neither picture shows {}": (_SIMPLE, lambda s, x, y: not (holds(s, x) or holds(s, y)))}
+ENTAILMENT = {Truth.FALSE: 0, Truth.UNKNOWN: 1, Truth.TRUE: 2}  # contradiction, neutral, entailment: SNLI-VE's order
+
+
+def _count(nothing, objects):
+    return sum(matches(nothing.np, o) for o in objects)
+
+
+def pair_is_true(sentence, left, right):
+    """The Truth of a sentence about two scenes, whose panels hide things independently."""
+    for form, (_, test) in PAIR_FORMS.items():
+        match = re.fullmatch(re.sub("{.*?}", "(.+)", form), normalise(sentence))
+        said = [parse(f"there are no {p}" if "{many}" in form else p) for p in (match.groups() if match else [""])]
+        if all(said):
+            nps = sum(map(noun_phrases, said), ())
+            shown = itertools.product(fillings(left, nps), fillings(right, nps))
+            first, others = bool(test(*said, *next(shown))), (bool(test(*said, *both)) for both in shown)
+            return Truth.UNKNOWN if (not first) in others else Truth.TRUE if first else Truth.FALSE
+    return Truth.UNPARSABLE
+
+
+@dataclass(frozen=True)
+class Judged:
+    scenes: tuple  # one, or (left, right)
+    text: str
+    label: int
+    group: int     # its items share their text, and have each label equally often
+
+
+class Pairs(Scenes):
+    """Pairs(world, split, n)[i] -> Judged; 4g to 4g + 3 share a sentence: two are false (0), two true (1)."""
+    size = 4
+
+    def _make(self, i):
+        return _group(type(self).__name__, self.world, self.split, self.seed, i // self.size)[i % self.size]
+
+
+class Hypotheses(Pairs):
+    """Hypotheses(world, split, n)[i] -> Judged; 3g to 3g + 2 share a sentence and have the labels of ENTAILMENT."""
+    size = 3
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _group(task, world, split, seed, group):
+    """The items of a group: a sentence and fresh scenes of which it has each label equally often."""
+    rng = random.Random(f"{task} {world.name} {seed} {split} {group}")
+    scenes = (make_scene(world, split, i, seed) for i in itertools.count(64 * group))  # seldom needs more than 64
+    if task == "Pairs":
+        form, labels, each, judge = rng.choice(list(PAIR_FORMS)), {Truth.FALSE: 0, Truth.TRUE: 1}, 2, pair_is_true
+        kinds, shown = PAIR_FORMS[form][0], zip(scenes, scenes, strict=False)
+    elif world.panel:  # all scenes have one, or its absence would exclude "neutral"; no other kind has all three labels
+        form, kinds, labels, each, judge = "{}", (rng.choice((Place, Relation)),), ENTAILMENT, 1, is_true
+        shown = ((scene,) for scene in scenes if scene.panel)
+    else:
+        raise UserError(f"nothing is ever hidden in the {world.name} world: hypotheses need the full one")
+    while True:
+        sample = list(itertools.islice(shown, each * len(labels)))
+        for _ in range(60):
+            like = rng.choice(sample)  # the sentence may well be true of these scenes
+            said = [_proposal(kinds, like, rng) for _ in range(form.count("{}"))]
+            many = _words(_brief(rng.choice(rng.choice(like).objects), rng), None, "many", rng)
+            text = all(said) and form.format(*(realise(s, rng, phrase=form != "{}") for s in said), many=many)
+            verdicts = list(itertools.takewhile(labels.__contains__, (judge(text, *item) for item in sample if text)))
+            if all(verdicts.count(label) == each for label in labels):
+                return [Judged(item, text, labels[v], group) for item, v in zip(sample, verdicts, strict=True)]
+
+
+# ---- Questions about tagged objects (the form of VCR) ---------------------------------------------------------------
+
+SHARED = {("in", "what", "are", "alike", "?"): True, ("in", "what", "do", "differ", "?"): False}  # tags stand fourth
+ANSWERS = {names: ("in", *" and ".join(map(ASPECTS.get, names)).split()) if names else ("in", "nothing")
+           for n in range(len(ASPECTS) + 1) for names in itertools.combinations(ASPECTS, n)}
+
+
+@dataclass(frozen=True)
+class TaggedQuestion:
+    """Texts are tuples of tokens, each a word or a tag: a tuple of indices into the objects (and `regions`)."""
+    scene: Scene
+    question: tuple
+    answers: tuple
+    label: int
+    rationales: tuple
+    rationale_label: int
+
+
+class Tagged(Scenes):
+    """Tagged(world, split, n)[i] -> TaggedQuestion. Every answer is right equally often, and so is every rationale."""
+
+    def _make(self, i):
+        world, rng = self.world, random.Random(f"tagged {self.world.name} {self.seed} {self.split} {i}")
+        tags, words = rng.sample(range(rng.randint(2, world.max_objects)), 2), rng.choice(list(SHARED))
+        question, label, place = (*words[:3], tuple(tags), *words[3:]), rng.randrange(4), rng.randrange(4)
+        answers = rng.sample([words for names, words in ANSWERS.items() if {*names} <= {*world.aspects}], 4)
+        scenes = (make_scene(world, self.split, j, self.seed) for j in itertools.count(64 * i))
+        scene = next(s for s in scenes if choose_answer(question, answers, s) == label)
+        seen = [NP(**{name: getattr(scene.objects[tag], name) for name in world.aspects}) for tag in tags]
+        wrong = []  # with colours exchanged for colours, shapes for shapes ...: they would justify the answer, if true
+        while len(wrong) < 3:
+            swaps = {name: dict(zip(values, rng.sample(values, len(values)), strict=True))
+                     for name in world.aspects for values in [getattr(world, name + "s")]}
+            nps = [NP(**{name: swap[getattr(np, name)] for name, swap in swaps.items()}) for np in seen]
+            news = {sum((np.color, np.shape) in world.held_out for np in option) for option in (seen, nps)}
+            wrong += [nps] * (len(news) == 1 and nps not in (seen, *wrong))
+        rationales = [sum((((tag,), "is", *_words(np, None, "one", rng).split(), "and")
+                           for tag, np in zip(tags, nps, strict=True)), ())[:-1]
+                      for nps in (*wrong[:place], seen, *wrong[place:])]
+        return TaggedQuestion(scene, question, tuple(answers), label, tuple(rationales), place)
+
+
+def _compare(question, things, world):
+    """The right answer if tag i is the object (or noun phrase) things[i]; None where that does not follow."""
+    same = SHARED.get(tuple(t for t in question if isinstance(t, str)))
+    pair = [things.get(tag) for t in question if not isinstance(t, str) for tag in t]
+    values = {name: [getattr(o, name, None) for o in pair] for name in world.aspects}
+    if same is None or len(pair) != 2 or any(None in two for two in values.values()):
+        return None
+    return ANSWERS[tuple(name for name, (a, b) in values.items() if (a == b) == same)]
+
+
+def choose_answer(question, answers, scene):
+    """The index of the right answer, by looking; None if it is not there or the question is not of the language."""
+    right = _compare(question, dict(enumerate(scene.objects)), scene.world)
+    return answers.index(right) if right in answers else None
+
+
+def choose_rationale(question, answer, rationales, scene):
+    """The index of the first rationale that is true of the scene and from which the answer follows, or None."""
+    seen = dict(enumerate(scene.objects))
+    for i, rationale in enumerate(rationales):
+        start, *parts = re.split(r"(?:^| and )\((\d+),\) is ", " ".join(map(str, rationale)))
+        said = [(int(tag), parse(f"we see {phrase}")) for tag, phrase in zip(parts[::2], parts[1::2], strict=True)]
+        true = not start and all(isinstance(s, Exists) and tag in seen and matches(s.np, seen[tag]) for tag, s in said)
+        if true and _compare(question, {tag: s.np for tag, s in said}, scene.world) == answer:
+            return i
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    from tools.show_scenes import main
+
+    run_main(main)

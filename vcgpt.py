@@ -16,22 +16,28 @@ sentence fluent, so the fusion module only has to learn what the picture adds.
     python vcgpt.py                                   the small world: 77 to 90 % true captions in 2.3 minutes, 2 cores
     python vcgpt.py --data my_photos.jsonl            own photographs, trained from scratch
     python vcgpt.py --caption a.jpg --init RUN        a caption for a picture
+    python vcgpt.py --task scst --init RUN            go on with CIDEr-D itself as the reward
+    python vcgpt.py --eval-only RUN RUN2              finished runs side by side
     torchrun --nproc_per_node=8 vcgpt.py --data coco --task caption      from CLIP's and GPT-2's weights
 
 Pre-training reads any .jsonl (`--preset base --task pretrain`); the paper's corpus, Visual Genome, has no loader yet.
 
-Reading map: Config, presets, recipes | blocks | CLIP-ViT | GPT-2 | fusion and self-ensemble | loss | decoding |
-official weights | optimizer, training loop | evaluation | main. Marks: `# PAPER` what the paper says, `# HERE[id]` what
-we do and why (the id is a row of docs/divergences.md). The authors have published no code; every setting that the
-paper leaves open is our choice and says so.
+Reading map: Config, presets, recipes | blocks | CLIP-ViT | GPT-2 | fusion and self-ensemble | losses | decoding |
+official weights | optimizer, self-critical samples, training loop | evaluation | main. Marks: `# PAPER` what the paper
+says, `# HERE[id]` what we do and why (the id is a row of docs/divergences.md). The authors have published no code;
+every setting that the paper leaves open is our choice and says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import shlex
+import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +51,7 @@ import eval as scoring
 from common import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config. Every field is a flag; its comment is the flag's help. HERE: open parameters are our choice.
+# Config. Every field is a flag; its comment is the flag's help.
 
 
 @dataclass
@@ -59,14 +65,15 @@ class Config(common.RunConfig):
     clip: str = "none"  # weights of the tower: a hub id, a directory, or none
     image_size: int = 224  # pixels; pictures are padded to a square of this side
     patch: int = 16  # pixels per visual token
-    stem: str = "patch"  # patch (CLIP) | conv: HERE[vcgpt-5] (ours) stride-2 3x3 convolutions, learns from few pictures
+    stem: str = "patch"  # patch (CLIP) | conv: HERE[vcgpt-5] (not in the paper): stride-2 convolutions, few pictures do
     vision_width: int = 768  # width of the tower
     vision_layers: int = 12  # depth of the tower
     vision_heads: int = 12  # heads of the tower
     vision_mlp: int = 0  # width inside its MLPs; 0: 4 x vision_width
-    vision_act: str = "quick_gelu"  # quick_gelu (CLIP) | gelu
+    vision_act: str = "quick_gelu"  # quick_gelu (CLIP) | gelu | gelu_new
     # --- language model (HERE[vcgpt-6] (not in the paper): GPT-2 small)
     gpt2: str = "none"  # weights of GPT-2: a hub id, a directory, or none
+    # HERE[vcgpt-18] (not in the paper): captions in lower case without a final stop, one token begins, ends and pads
     tokenizer: str = "none"  # hub id or directory; none: that of --gpt2, or one trained on the captions
     vocab_size: int = 50257  # upper bound where the tokenizer is trained here
     width: int = 768  # width of GPT-2 and of the fusion module
@@ -77,7 +84,7 @@ class Config(common.RunConfig):
     dropout: float = 0.1  # HERE[vcgpt-7] (not in the paper): on embeddings and residual branches of GPT-2 and fusion
     init_std: float = 0.02  # standard deviation of new weights, GPT-2's
     # --- recipe (HERE[vcgpt-8] (not in the paper): all of it)
-    batch: int = 512  # picture-caption pairs per step, over all processes
+    batch: int = 512  # picture-caption pairs per step, over all processes, rounded down to whole pictures
     captions_per_image: int = 5  # captions per picture and step; the picture is encoded once for all of them
     epochs: float = 10.0  # passes over the pictures, where --steps is 0
     steps: int = 0  # optimizer steps; 0: from --epochs
@@ -86,26 +93,30 @@ class Config(common.RunConfig):
     warmup: float = 0.05  # share of the steps in which the rate rises linearly; then it falls linearly to 0
     weight_decay: float = 0.01  # on matrices; not on norms, biases, embeddings
     beta2: float = 0.98  # AdamW's second moment; the first is 0.9
-    grad_clip: float = 1.0  # largest gradient norm
-    label_smoothing: float = 0.0  # 0.1 in fine-tuning
-    lm_steps: int = 0  # HERE[vcgpt-9] (ours): text-only steps of GPT-2 first, where there are no weights to start from
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    label_smoothing: float = 0.0  # share of the target's probability that is spread over all words
+    lm_steps: int = 0  # HERE[vcgpt-9] (not in the paper): text-only steps of GPT-2 first, where it has no weights yet
     augment: str = "none"  # none | crop | crop+flip (never where a caption says left or right)
     max_len: int = 40  # tokens per caption
+    baseline: str = "leave-one-out"  # of scst: leave-one-out (mean of the picture's other samples) | greedy
     # --- decoding (HERE[vcgpt-10] (not in the paper): usual on COCO)
     beam: int = 5  # width of the beam search of the final evaluation and of --caption; validation is greedy
     max_new: int = 20  # longest generated caption, in tokens, end token included
     length_penalty: float = 1.0  # alpha: score = sum of log p / length^alpha
+    temperature: float = 0.0  # above 0: sample in the final evaluation and in --caption instead of searching
+    top_k: int = 0  # sample among the k most probable tokens; 0: all
+    top_p: float = 1.0  # sample among the fewest tokens that hold this share of the probability
 
 
 PRESETS = {
-    # HERE[vcgpt-11] (ours): tiny learns the small world from nothing in three minutes on two cores. Its tower is the
-    # convolutional stem alone; the fusion module's visual stream is the only self-attention over the picture.
+    # HERE[vcgpt-11] (not in the paper): tiny learns the small world from nothing in three minutes on 2 cores. Its tower
+    # is the convolutional stem alone; the fusion module's visual stream is the only self-attention over the picture.
     "tiny": dict(
         image_size=64, stem="conv", patch=8, vision_width=128, vision_layers=0, vision_heads=4, width=128, layers=1,
         heads=4, mlp=256, fusion_layers=2, positions=64, vocab_size=2000, dropout=0.0, init_std=0.08, lm_steps=150,
         batch=160, steps=950, lr=1e-3, max_len=30, max_new=30, beam=1,
     ),
-    # HERE[vcgpt-12] (ours): small learns from a few thousand photographs, from nothing.
+    # HERE[vcgpt-12] (not in the paper): small learns from a few thousand photographs, from nothing.
     "small": dict(
         image_size=128, stem="conv", patch=16, vision_width=192, vision_layers=1, vision_heads=6, width=192, layers=1,
         heads=6, fusion_layers=2, positions=64, vocab_size=3000, dropout=0.1, init_std=0.06, lm_steps=150,
@@ -119,6 +130,10 @@ PRESETS = {
 RECIPES = {
     ("caption", "base"): dict(batch=256, epochs=10.0, lr=5e-5, lr_backbone=1e-5, label_smoothing=0.1, max_len=30),
     ("caption", "base", "flickr30k"): dict(epochs=15.0),
+    # HERE[vcgpt-17] (not in the paper): self-critical training after cross-entropy, 5 samples for each of 10 pictures
+    ("scst", "base"): dict(batch=50, epochs=5.0, lr=5e-6, lr_backbone=5e-6, warmup=0.0),
+    ("scst", "small"): dict(epochs=2.0, lr=1e-4, warmup=0.0, augment="none"),
+    ("scst", "tiny"): dict(steps=200, lr=1e-4, warmup=0.0),
 }
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures, 0..1
@@ -130,7 +145,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+    return x * (1.702 * x).sigmoid_()  # in place: no third tensor of this size
 
 
 def gelu_tanh(x):
@@ -426,14 +441,18 @@ class VCGPT(nn.Module):
         return build(common.config_from(Config, values), None, checkpoint).to(device).eval()
 
     def caption(self, picture, beam: int = 0) -> str:
-        """A caption for one picture: a path or a PIL image. beam 0: the run's own width."""
+        """A caption for one picture, a path or a PIL image. beam 0: the run's own; `cfg.temperature` > 0 samples."""
         if not hasattr(picture, "convert"):
             try:
                 picture = data.load_image(Path(picture), self.cfg.image_size)
             except data.BadImage as bad:
-                raise UserError(str(bad)) from bad
+                raise UserError(f"{bad}; give another file, or save this one anew as JPEG or PNG") from bad
         pixels = data.to_pixels(picture.convert("RGB"), self.cfg.image_size)[None]
-        return generate(self, pixels, beam or self.cfg.beam)[0]
+        return generate(self, pixels, beam or self.cfg.beam, self.cfg.temperature)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
 
 
 def loss_lm(logits, targets, label_smoothing=0.0):
@@ -445,12 +464,21 @@ def loss_lm(logits, targets, label_smoothing=0.0):
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
+def loss_scst(logits, targets, advantages):
+    """Self-critical loss (Rennie et al. 2017, arXiv 1612.00563): logits [M, V], sampled tokens [M], advantages [M].
+
+    The advantage of a token is that of its caption, reward r minus baseline b.
+    L = - 1/M sum_m (r_m - b_m) log p(w_m | w_<m, picture), over the tokens of all samples, EOS included.
+    """
+    return (advantages * F.cross_entropy(logits.float(), targets, reduction="none")).mean()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 
 class Decoder:
-    """What eval.greedy and eval.beam_search drive: `rows` captions grow by one token a step, `beam` for each picture.
+    """What eval.greedy, beam_search and sample drive: R captions grow by one token a step, as many for each picture.
 
     Keys and values of earlier tokens are cached, those of the picture are made once and shared by its beams.
     `cached=False` recomputes the whole prefix at every step: slower, and there to prove that nothing changes.
@@ -477,15 +505,21 @@ class Decoder:
 
 
 @torch.no_grad()
-def generate(model: VCGPT, pixels, beam=1) -> list[str]:
-    """uint8 [B, 3, S, S] -> B captions: greedy (beam 1) or beam search (score = sum log p / length^alpha)."""
+def generate(model: VCGPT, pixels, beam=1, temperature=0.0, luck: torch.Generator | None = None) -> list[str]:
+    """uint8 [B, 3, S, S] -> B captions: greedy (beam 1), beam search (sum log p / length^alpha), or sampled.
+
+    luck: where samples come from; None: a generator that torch's global one seeds anew at each call.
+    """
     cfg, tok, device = model.cfg, model.tokenizer, next(model.parameters()).device
     decoder, B = Decoder(model, pixels.to(device)), len(pixels)
-    if beam == 1:
+    if temperature:
+        luck = luck or torch.Generator(device).manual_seed(int(torch.randint(2**31, ())))
+        ids, _ = scoring.sample(decoder, B, tok.bos, tok.eos, cfg.max_new, luck, temperature, cfg.top_k, cfg.top_p)
+    elif beam == 1:
         ids, _ = scoring.greedy(decoder, B, tok.bos, tok.eos, cfg.max_new, device)
     else:
         ids, _ = scoring.beam_search(decoder, B, beam, tok.bos, tok.eos, cfg.max_new, cfg.length_penalty, device)
-    return [tok.decode(row) for row in ids.tolist()]
+    return [" ".join(tok.decode(row).split()) for row in ids.tolist()]  # an untrained model may write line breaks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,7 +627,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
     gpt2 = common.read_weights(cfg.gpt2) if cfg.gpt2 != "none" and checkpoint is None else None
     sizes = (clip_sizes(clip[0]) if clip else {}) | (gpt2_sizes(gpt2[0]) if gpt2 else {})
     for name, value in sizes.items():
-        if name != "image_size":  # a larger picture than CLIP's own is a choice: positions are interpolated
+        if name != "image_size" or not cfg.image_size:  # another size than CLIP's is a choice: positions are resized
             setattr(cfg, name, value)
     check(cfg)
     if checkpoint:
@@ -601,7 +635,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
     elif cfg.tokenizer != "none" or gpt2:
         tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.gpt2)
     else:
-        texts = [data.clean_caption(text) for item in first(corpus.splits["train"], 20000) for text in item.captions]
+        texts = [data.clean_caption(text) for item in corpus.splits["train"][:20000] for text in item.captions]
         tokenizer = data.Tokenizer.train(texts, cfg.vocab_size)
     if gpt2 is None and checkpoint is None:
         cfg.vocab_size = tokenizer.vocab_size
@@ -617,12 +651,8 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
     return model
 
 
-def first(items, n: int):
-    return [items[i] for i in range(min(n, len(items)))]
-
-
 def make_optimizer(cfg: Config, model: VCGPT):
-    """Backbones that were loaded move slowly, everything new fast."""
+    """Loaded backbones move slowly, all that is new fast. HERE[vcgpt-19] (not in the paper): nothing is frozen."""
     loaded = tuple(name for name, source in (("clip.", cfg.clip), ("gpt2.", cfg.gpt2)) if source != "none")
 
     def lr_of(name: str) -> float:
@@ -632,14 +662,13 @@ def make_optimizer(cfg: Config, model: VCGPT):
 
 
 def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> None:
-    """HERE[vcgpt-9] (ours): GPT-2 alone on captions, `lm_steps` steps, where no weights were given to start from.
+    """HERE[vcgpt-9] (not in the paper): GPT-2 alone on captions, `lm_steps` steps, where it starts without weights.
 
     The method presupposes a language model that can already speak; this is its stand-in on the small world.
     """
     optimizer = common.adamw(model.gpt2, lambda name: cfg.lr, cfg.weight_decay, betas=(0.9, cfg.beta2))
-    texts = [
-        data.clean_caption(t) for item in first(train_items, cfg.lm_steps * cfg.batch // 5 + 1) for t in item.captions
-    ]
+    texts = (data.clean_caption(text) for item in train_items for text in item.captions)
+    texts = list(itertools.islice(texts, cfg.lm_steps * cfg.batch))
     tok = model.tokenizer
     for step in range(cfg.lm_steps):
         rows = [tok.encode(texts[(step * cfg.batch + i) % len(texts)], cfg.max_len) for i in range(cfg.batch)]
@@ -651,11 +680,44 @@ def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> Non
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / 20)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.gpt2.parameters(), cfg.grad_clip)
+        nn.utils.clip_grad_norm_(model.gpt2.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if cfg.lm_steps and machine.is_main:
         print(f"GPT-2 alone, {cfg.lm_steps} text-only steps: loss {loss.item():.3f}")
+
+
+@torch.no_grad()
+def sample_captions(cfg: Config, model: VCGPT, batch: dict, cider: scoring.CiderReward, machine, seed: int):
+    """Self-critical training, first half: captions that the model draws itself, and what they are worth.
+
+    k samples for each of the B pictures -> ids and targets [B*k, T] in the loader's form, advantages [B*k]; and sums
+    over the samples for the log. HERE[vcgpt-17]: no dropout, here and in the step, so that log p is the sampler's own.
+    """
+    tok, k, B = model.tokenizer, cfg.captions_per_image, len(batch["pixels"])
+    pixels = batch["pixels"].to(machine.device)
+    luck = torch.Generator(machine.device).manual_seed(seed)
+
+    def rewards_of(ids, image_ids):
+        # A caption that was cut off lacks the end token that all references have, so breaking off does not pay.
+        return cider.reward(image_ids, [tok.decode(row) for row in ids.tolist()], (ids == tok.eos).any(1).tolist())
+
+    with machine.autocast():
+        words, _ = scoring.sample(Decoder(model, pixels), B * k, tok.bos, tok.eos, cfg.max_new, luck)
+        r, b = rewards_of(words, [i for i in batch["image_id"] for _ in range(k)]).reshape(B, k), None
+        if cfg.baseline == "greedy":
+            best, _ = scoring.greedy(Decoder(model, pixels), B, tok.bos, tok.eos, cfg.max_new, machine.device)
+            b = rewards_of(best, batch["image_id"])
+    is_end = words == tok.eos
+    is_real = is_end.cumsum(1) - is_end.long() == 0  # up to the first end token
+    T = is_real.sum(1).max()  # the longest sample
+    samples = {
+        "ids": F.pad(words[:, : T - 1], (1, 0), value=tok.bos),
+        "targets": words.masked_fill(~is_real, -100)[:, :T],
+        "advantages": torch.from_numpy(scoring.advantage(r, cfg.baseline, b)).float().flatten(),
+    }
+    sums = {"reward": r.sum(), "length": is_real.sum(), "truncated": (~is_end.any(1)).sum()}
+    return samples, sums
 
 
 def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | None = None) -> None:
@@ -665,50 +727,81 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
     model.to(machine.device)
     optimizer, start, best = make_optimizer(cfg, model), 0, -1.0
     if checkpoint:
-        start, best = common.load_training_state(checkpoint, optimizer)
+        meta = common.load_training_state(checkpoint, optimizer)
+        start, best = meta["step"], meta["best"]
         if machine.is_main:
             run.forget_after(start)
     else:
         train_language_model(cfg, model, train_items, machine)
+    cider = None
+    if cfg.task == "scst":
+        cider = scoring.CiderReward({item.image_id: item.captions for item in train_items})
     pictures = data.Pictures(train_items, model.tokenizer, cfg.image_size, captions=k, max_len=cfg.max_len, train=True,
                              augment=cfg.augment, seed=cfg.seed)  # fmt: skip
-    loader = iter(data.train_loader(pictures, images, machine.workers, machine.rank, machine.world, cfg.seed, start,
-                                    cfg.steps, pin=machine.device.type == "cuda"))  # fmt: skip
+    loader = data.train_loader(pictures, images, machine.workers, machine.rank, machine.processes, cfg.seed, start,
+                               cfg.steps, pin=machine.device.type == "cuda")  # fmt: skip
+    batches = iter(loader)
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
     log.flops_per_item = flops_per_pair(cfg, model)
-    ddp = common.spread(model, cfg, machine)
-    for step in range(start, cfg.steps):
-        model.train()
-        torch.manual_seed((cfg.seed * machine.world + machine.rank) * 1_000_003 + step)  # dropout follows from the step
-        with log.waiting():
-            batch = next(loader)
-        share = common.linear_schedule(step, cfg.steps, cfg.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+    ddp = common.spread(model, cfg, machine, Block)
+    if checkpoint and meta.get("is_due"):  # saved, but stopped before its evaluation was over
+        best = validate(cfg, model, corpus, machine, run, log, start, best)
+    with common.StopRequest() as stop, contextlib.closing(batches):
+        for step in range(start, cfg.steps):
+            model.train(cider is None)
+            seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
+            torch.manual_seed(seed)  # of dropout
+            with log.waiting():
+                batch = next(batches)
+            sums = {}
+            if cider:  # the loader's captions make way for the model's own
+                samples, sums = sample_captions(cfg, model, batch, cider, machine, seed)
+                batch |= samples
+            share = common.linear_schedule(step, cfg.steps, cfg.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
 
-        # The mean runs over every real target of the global batch, however many processes and micro-batches it is cut
-        # into; DistributedDataParallel averages gradients over processes, hence the factor `world`.
-        targets_in_all = common.sum_over_processes(float((batch["targets"] != -100).sum()), machine.device)
-        loss_sum = 0.0
-        pieces = micro_batches(batch, cfg)
-        for i, piece in enumerate(pieces):
-            pixels, ids, targets = (x.to(machine.device, non_blocking=True) for x in piece)
-            with common.synchronised(ddp, i + 1 == len(pieces)):  # processes exchange gradients once a step
-                with machine.autocast():
-                    logits = ddp(pixels, ids, targets)
-                real = targets[targets != -100]
-                loss = loss_lm(logits, real, cfg.label_smoothing) * len(real) / targets_in_all
-                (loss * machine.world).backward()
-            loss_sum += loss.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            # The mean runs over every real target of the global batch, however many processes and micro-batches it is
+            # cut into; DistributedDataParallel averages gradients over processes, hence the factor `processes`.
+            here = [(batch["targets"] != -100).sum(), len(batch["targets"]), len(batch["bad"]), stop.signum > 0]
+            targets_in_all, rows_in_all, bad_in_all, to_stop = common.sum_over_processes(here, machine.device)
+            if bad_in_all:
+                loader.judge(common.gather_lists(batch["bad"]))
+            loss_sum = 0.0
+            pieces = micro_batches(batch, cfg)
+            for i, piece in enumerate(pieces):
+                pixels, ids, targets, *advantages = (x.to(machine.device, non_blocking=True) for x in piece)
+                with common.synchronised(ddp, i + 1 == len(pieces)):  # processes exchange gradients once a step
+                    with machine.autocast():
+                        logits = ddp(pixels, ids, targets)
+                    is_real = targets != -100
+                    if cider:
+                        loss = loss_scst(logits, targets[is_real], advantages[0][:, None].expand_as(targets)[is_real])
+                    else:
+                        loss = loss_lm(logits, targets[is_real], cfg.label_smoothing)
+                    loss = loss * len(logits) / targets_in_all
+                    (loss * machine.processes).backward()
+                loss_sum += loss.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            common.stop_if_not_finite(norm, loss_sum, batch["image_id"], step + 1, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        log.step(step + 1, {"loss": loss_sum}, cfg.lr * share, norm, images * k)
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            losses = {"loss": loss_sum} | {name: float(x) / rows_in_all for name, x in sums.items()}
+            log.step(step + 1, losses, cfg.lr * share, norm, images * k)
+            is_due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps
             with log.pause():
-                best = validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step + 1, best)
+                if (is_due or to_stop) and machine.is_main:
+                    run.save(step + 1, model, model.tokenizer, optimizer, {"val": {}, "best": best, "is_due": is_due})
+                if is_due:
+                    best = validate(cfg, model, corpus, machine, run, log, step + 1, best)
+            if to_stop:
+                raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
+        if any(common.sum_over_processes([stop.signum > 0], machine.device)):  # heard in the last step
+            raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
     log.close()
+    if loader.bad and machine.is_main:
+        print(f"{len(loader.bad)} training pictures could not be read and were skipped")
 
 
 def flops_per_pair(cfg: Config, model: VCGPT) -> float:
@@ -721,27 +814,29 @@ def flops_per_pair(cfg: Config, model: VCGPT) -> float:
 
 
 def micro_batches(batch: dict, cfg: Config):
-    """A loader's batch as a list of (pixels, ids, targets), --micro-batch pairs each but never less than a picture."""
+    """A batch as a list of (pixels, ids, targets[, advantages]): --micro-batch pairs, but never less than a picture."""
     k = cfg.captions_per_image
     images = max(1, cfg.micro_batch // k) if cfg.micro_batch else len(batch["pixels"])
-    cuts = (batch["pixels"].split(images), batch["ids"].split(images * k), batch["targets"].split(images * k))
-    return list(zip(*cuts, strict=True))
+    sizes = {"pixels": images, "ids": images * k, "targets": images * k, "advantages": images * k}
+    return list(zip(*(batch[name].split(size) for name, size in sizes.items() if name in batch), strict=True))
 
 
-def validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step: int, best: float) -> float:
-    """Greedy captions of the first val pictures; a checkpoint; returns the best CIDEr-D so far."""
-    val = {}
-    if "val" in corpus.splits:
-        items = first(corpus.splits["val"], max(1, cfg.val_items))
-        val = score(cfg, items, caption_all(cfg, model, items, machine, beam=1))
-    is_best = val.get("CIDEr_D", step) >= best  # without a val split the last is the best
+def validate(cfg, model, corpus, machine, run, log, step: int, best: float) -> float:
+    """Greedy captions of the first val pictures; moves `best` if they are; returns the best CIDEr-D so far.
+
+    step_N is saved already: what fails here costs nothing, and --resume begins with it.
+    """
+    val, items = {}, corpus.splits.get("val", [])[: max(1, cfg.val_items)]
+    if items:
+        val = scoring.score_captions(items, caption_all(cfg, model, items, machine, beam=1))
+    is_best = val["CIDEr_D"] >= best if val else True  # without a val split the last is the best
     best = max(best, val.get("CIDEr_D", best))
     if machine.is_main:
         if val:
             shown = "  ".join(f"{k} {val[k]:.3f}" for k in ("CIDEr_D", "BLEU_4", "caption_true") if k in val)
             log.say(f"val at step {step}: {shown}" + ("  (best so far)" if is_best else ""))
             run.log({"step": step, **{f"val_{k}": v for k, v in val.items()}})
-        run.save(step, model, model.tokenizer, optimizer, {"val": val, "best": best}, is_best)
+        run.evaluated(step, {"val": val, "best": best, "is_due": False}, is_best)
     common.wait_for_all()
     return best
 
@@ -750,85 +845,37 @@ def validate_and_save(cfg, model, corpus, machine, run, log, optimizer, step: in
 # Evaluation
 
 
-def caption_all(cfg: Config, model: VCGPT, items, machine, beam: int) -> dict:
+def caption_all(cfg: Config, model: VCGPT, items, machine, beam: int, temperature=0.0) -> dict:
     """Captions for every item, {image_id: caption}, the same on every process."""
     model.eval()
     pictures = data.Pictures(items, model.tokenizer, cfg.image_size, captions=0, max_len=cfg.max_len, train=False)
-    loader = data.eval_loader(pictures, 100, machine.workers, machine.rank, machine.world)
-    return scoring.caption_split(lambda pixels: generate(model, pixels, beam), loader)
+    loader = data.eval_loader(pictures, 100, machine.workers, machine.rank, machine.processes)
+    luck = torch.Generator(machine.device).manual_seed(cfg.seed * machine.processes + machine.rank)
+
+    def decode(pixels):
+        with machine.autocast():
+            return generate(model, pixels, beam, temperature, luck)
+
+    return scoring.caption_split(decode, loader)
 
 
-def score(cfg: Config, items, hyps: dict) -> dict:
-    """Metrics of {image_id: caption} against the items' own captions, and on scenes against the truth."""
-    metrics = scoring.caption_metrics(hyps, {item.image_id: item.captions for item in items})
-    if cfg.data == "scenes":
-        metrics |= scoring.truth_metrics(hyps, {item.image_id: item.image for item in items})
-    return metrics
+def final_evaluation(cfg: Config, model: VCGPT, checkpoint: Path, corpus, machine, folder, started: float) -> dict:
+    """Every test split with its controls: metrics.json, samples.png, result files in `folder`; columns of a table."""
 
+    def decode(items):
+        return caption_all(cfg, model, items, machine, cfg.beam, cfg.temperature)
 
-def final_evaluation(cfg: Config, model: VCGPT, corpus, machine, run, seconds: float) -> None:
-    """Every test split with its controls: table, metrics.json, samples.png."""
-    splits, shown = {}, {}
-    tests = [name for name in corpus.splits if name.startswith("test")]
-    tests = tests or [name for name in ("val", "train") if name in corpus.splits][:1]  # a handful of own pictures
-    for split in tests:
-        items = first(corpus.splits[split], len(corpus.splits[split]))
-        hyps = caption_all(cfg, model, items, machine, cfg.beam)
-        if not machine.is_main:
-            continue
-        # A caption depends on its picture alone, so captioning permuted pictures = permuting the captions: no cost.
-        ids = list(hyps)
-        permuted = {i: hyps[j] for i, j in zip(ids, scoring.shuffled(ids), strict=True)}
-        metrics, controls = score(cfg, items, hyps), {"shuffled_images": score(cfg, items, permuted)}
-        shown |= {split: metrics, f"{split}, shuffled": controls["shuffled_images"]}
-        if split == tests[0]:
-            choose_on = corpus.splits.get("val", corpus.splits["train"])
-            constant = scoring.best_constant_caption(
-                [text for item in first(corpus.splits["train"], 3000) for text in item.captions],
-                {item.image_id: item.captions for item in first(choose_on, 500)},
-            )
-            shown["constant"] = score(cfg, items, dict.fromkeys(ids, constant))
-            controls["constant_caption"] = {**shown["constant"], "caption": constant}
-            save_samples(cfg, run, items[:16], hyps)
-        splits[split] = {"metrics": metrics, "controls": controls}
-    if not machine.is_main:
-        return
-    common.write_json(
-        run.path / "metrics.json",
-        {
-            "model": "vcgpt", "data": cfg.data, "task": cfg.task, "command": "python " + " ".join(sys.argv),
-            "seed": cfg.seed, "steps": cfg.steps, "seconds": round(seconds, 1),
-            "params": sum(p.numel() for p in model.parameters()), "device": common.describe_device(machine),
-            "versions": common.versions(),
-            "protocol": {
-                "variant": cfg.variant, "beam": cfg.beam, "max_new": cfg.max_new, "length_penalty": cfg.length_penalty,
-                "tokenizer_of_metrics": "rule", "notes": corpus.notes,
-                "checkpoint": "best on val (greedy CIDEr_D)" if "val" in corpus.splits else "last: no val split",
-                "constant_caption": "the best by CIDEr-D on val (where there is none, on train) of the captions of the "
-                "first 3,000 training pictures",
-            },
-            "splits": splits,
-        },
-    )  # fmt: skip
-    print("\n" + common.table(shown))
-    if cfg.data == "scenes":
-        true, blind = (shown[name]["caption_true"] for name in ("test", "test, shuffled"))
-        verdict = "it sees" if true > 0.3 and true > 4 * blind else "it hardly looks; train longer (--steps)"
-        print(f"\n{true:.0%} of the captions are true of their scene, {blind:.0%} with shuffled pictures: {verdict}.")
-    print(f"\n{run.path / 'samples.png'}: test pictures with their captions\n{run.path / 'metrics.json'}: this table")
-    print(common.curves(run.path / "curves.png", run.path / "log.jsonl"))
-    print(f"go on: python vcgpt.py --caption PICTURE --init {run.path}")
-
-
-def save_samples(cfg: Config, run, items, hyps: dict) -> None:
-    """samples.png: pictures, what the model says, whether that is true (scenes), a reference."""
-    texts = []
-    for item in items:
-        verdict = ""
-        if cfg.data == "scenes":
-            verdict = f" [{scoring.verdict(hyps[item.image_id], item.image)}]"
-        texts.append([hyps[item.image_id] + verdict, f"reference: {item.captions[0]}"])
-    common.contact_sheet(run.path / "samples.png", [data.load_image(item.image, 200) for item in items], texts)
+    splits, columns = scoring.evaluate_captions(corpus, decode, folder, machine.is_main, cfg.official)
+    protocol = {
+        "variant": cfg.variant, "beam": cfg.beam, "max_new": cfg.max_new, "length_penalty": cfg.length_penalty,
+        "temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "notes": corpus.notes,
+        "checkpoint": common.how_chosen(checkpoint), "best_by": "greedy CIDEr_D",
+        **scoring.CAPTION_PROTOCOL,
+    }  # fmt: skip
+    if machine.is_main:
+        seconds = time.perf_counter() - started
+        common.write_metrics(folder, "vcgpt", cfg, machine, model, seconds, protocol, splits)
+    return columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -838,87 +885,118 @@ SIZES = (
     "variant fusion_layers memory clip_post_norm image_size patch stem vision_width vision_layers vision_heads "
     "vision_act vision_mlp clip gpt2 vocab_size width layers heads mlp positions"
 ).split()  # what --init takes over from the run's config
+DECODING = "beam max_new length_penalty temperature top_k top_p".split()
 
 
 def check(cfg: Config) -> None:
     """Settings that contradict one another or are not among the choices."""
-    common.choose("task", cfg.task, ["pretrain", "caption"])
+    common.check_numbers(cfg, "batch captions_per_image max_len max_new beam patch width heads positions layers "
+                         "vision_width vision_heads fusion_layers")  # fmt: skip
+    common.choose("task", cfg.task, ["pretrain", "caption", "scst"])
     common.choose("variant", cfg.variant, ["vcgpt", "vcgpt_wo_se", "vanilla"])
     common.choose("memory", cfg.memory, ["A", "B"])
     common.choose("stem", cfg.stem, ["patch", "conv"])
     common.choose("vision-act", cfg.vision_act, list(ACTIVATIONS))
     common.choose("augment", cfg.augment, list(data.AUGMENTATIONS))
+    common.choose("baseline", cfg.baseline, ["leave-one-out", "greedy"])
     for whole, part in (("image_size", "patch"), ("width", "heads"), ("vision_width", "vision_heads")):
         if getattr(cfg, whole) % getattr(cfg, part):
             names = f"--{whole} {getattr(cfg, whole)} --{part} {getattr(cfg, part)}".replace("_", "-")
             raise UserError(f"{names}: the first must be a multiple of the second")
     if cfg.stem == "conv" and (cfg.patch < 2 or cfg.patch & (cfg.patch - 1)):
         raise UserError(f"--patch {cfg.patch}: the convolutional stem halves the picture, so it needs 2, 4, 8, 16 ...")
+    if not cfg.image_size and cfg.clip == "none":
+        raise UserError("--image-size 0 is that of --clip, and there is none: give the side in pixels")
+    if cfg.stem == "conv" and cfg.vision_width % 4:
+        raise UserError(f"--vision-width {cfg.vision_width}: sines of row and column need a multiple of 4")
+    if not cfg.temperature and (cfg.top_k or cfg.top_p != 1.0):
+        raise UserError("--top-k and --top-p belong to sampling: add --temperature, e.g. --temperature 1.0")
+    for name, value, most in (("top-p", cfg.top_p, 1), ("dropout", cfg.dropout, 0.99), ("warmup", cfg.warmup, 1),
+                              ("label-smoothing", cfg.label_smoothing, 1), ("beta2", cfg.beta2, 0.99999),
+                              ("max-new", cfg.max_new, cfg.positions),
+                              ("max-len", cfg.max_len, cfg.positions - 1)):  # fmt: skip
+        if value > most or (name == "top-p" and value == 0):
+            raise UserError(f"--{name} {value}: give {most} or less" + ", and more than 0" * (name == "top-p"))
+    if cfg.task == "scst" and cfg.baseline == "leave-one-out" and cfg.captions_per_image < 2:
+        raise UserError("--baseline leave-one-out needs --captions-per-image 2 or more; --baseline greedy does not")
+
+
+def load_data(cfg: Config):
+    return corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes, n_val=cfg.val_items,
+                        n_test=cfg.test_scenes)  # fmt: skip
+
+
+def caption_files(paths: list[str], given: dict) -> None:
+    """--caption: a line for each picture."""
+    common.allow(given, ["init", "device", "seed", *DECODING], "--caption")
+    if given.get("init", "none") == "none":
+        raise UserError("--caption needs a trained model: add --init RUN, e.g. --init runs/vcgpt-scenes")
+    model = VCGPT.from_run(given["init"], common.choose_device(given.get("device", "auto"))[0])
+    model.cfg = replace(model.cfg, **given)
+    check(model.cfg)
+    torch.manual_seed(model.cfg.seed)
+    for path in paths:
+        print(f"{path}: {model.caption(path)}")
+
+
+def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
+    """--eval-only, for one of its runs."""
+    started = time.perf_counter()
+    model = build(cfg, None, checkpoint).to(machine.device)
+    return final_evaluation(cfg, model, checkpoint, load_data(cfg), machine, folder, started)
 
 
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
-    commands = {
-        "caption": dict(nargs="+", metavar="PICTURE", help="print a caption for each picture (with --init RUN)")
-    }
-    given, command = common.parse_flags(Config, sys.argv[1:] if argv is None else argv, "vcgpt.py", commands)
-    checkpoint, values = None, {}
-    source = given.get("resume") or (given["init"] if given.get("init", "none") != "none" else "")
-    if source:
-        checkpoint, values = common.find_checkpoint(source, "vcgpt", prefer="last" if "resume" in given else "best")
-
+    given, command = common.parse_flags(Config, sys.argv[1:] if argv is None else argv, "vcgpt.py", {
+        "caption": dict(nargs="+", metavar="PICTURE", help="print a caption for each picture (with --init RUN)"),
+        "eval-only": dict(nargs="*", metavar="RUN", help="evaluate finished runs, or the one of --init, side by side"),
+    })  # fmt: skip
     if command.caption:
-        if checkpoint is None:
-            raise UserError("--caption needs a trained model: add --init RUN, e.g. --init runs/vcgpt-scenes")
-        model = VCGPT.from_run(source, given.get("device", "cpu"))
-        for name in {"beam", "max_new", "length_penalty"} & set(given):
-            setattr(model.cfg, name, given[name])
-        for path in command.caption:
-            print(f"{path}: {model.caption(path)}")
-        return
-
-    resuming = bool(given.get("resume"))
-    if resuming:
-        if set(given) - {"resume", "device", "workers", "root", "micro_batch"}:
-            raise UserError("--resume keeps the run's settings; --device --workers --micro-batch --root may change")
-        cfg = common.config_from(Config, {**values, **given})
-    else:
-        if checkpoint and {"clip", "gpt2", "tokenizer"} & set(given):
-            raise UserError("--init brings its own weights and tokenizer: leave out --clip, --gpt2 and --tokenizer")
-        sizes = {name: values[name] for name in SIZES if name in values}
-        if checkpoint:
-            given = {"preset": values["preset"], **given}
-        cfg = common.build_config(Config, given, PRESETS, RECIPES, sizes)
+        return caption_files(command.caption, given)
+    if command.eval_only is not None:
+        return scoring.evaluate_runs(command.eval_only, given, "vcgpt", Config, DECODING, check, evaluate_run)
+    cfg, checkpoint = common.configure(Config, given, "vcgpt", PRESETS, RECIPES, SIZES)
+    if cfg.clip != "none" and checkpoint is None and "image_size" not in given:
+        cfg.image_size = 0  # that of the checkpoint
     check(cfg)
+    if checkpoint and {"clip", "gpt2", "tokenizer"} & set(given):
+        raise UserError("--init brings its own weights and tokenizer: leave out --clip, --gpt2 and --tokenizer")
+    if cfg.task == "scst" and not checkpoint:
+        raise UserError("--task scst refines a trained model: add --init RUN, e.g. --init runs/vcgpt-scenes")
     if checkpoint or cfg.gpt2 != "none":
         cfg.lm_steps = 0  # GPT-2 can speak already
     machine = common.start_machine(cfg)
-    corpus = corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes,
-                          n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+    corpus = load_data(cfg)
     if "train" not in corpus.splits:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
-    if cfg.data not in corpora.NAMES:  # own data often has one caption a picture: once a step is enough
+    if cfg.data not in corpora.NAMES and cfg.task != "scst":  # own data often has one caption a picture: once is enough
         most = max(len(item.captions) for item in corpus.splits["train"])
         cfg.captions_per_image = min(cfg.captions_per_image, most)
     images = cfg.batch // cfg.captions_per_image
-    if images < machine.world:
-        least = machine.world * cfg.captions_per_image
+    if images < machine.processes:
+        least = machine.processes * cfg.captions_per_image
         raise UserError(f"--batch {cfg.batch} is less than a picture for each process: give {least} or more")
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / images)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    run = common.Run(checkpoint.parent) if resuming else common.Run.create("vcgpt", cfg, machine)
+    run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("vcgpt", cfg, machine)
+    shape = f"{cfg.steps} steps of {images} pictures x {cfg.captions_per_image} captions"
+    common.announce(f"VC-GPT ({cfg.variant}, {cfg.task}): {shape}", model, cfg, machine, corpus, run)
+    try:
+        train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)
+        best = (run.path / "best").resolve()  # chosen on val
+        common.load_model_weights(model, best)
+        columns = final_evaluation(cfg, model, best, corpus, machine, run.path, started)
+    except (KeyboardInterrupt, UserError) as error:
+        raise common.stopped(run, machine, why=error) from None
     if machine.is_main:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"VC-GPT ({cfg.variant}), {millions:.1f} M parameters, on {machine.reason}")
-        print(f"{corpus.name}: " + ", ".join(f"{name} {len(items):,}" for name, items in corpus.splits.items()))
-        for note in corpus.notes:
-            print(f"  note: {note}")
-        print(f"{cfg.steps} steps of {images} pictures x {cfg.captions_per_image} captions -> {run.path}", flush=True)
-    train(cfg, model, corpus, machine, run, checkpoint if resuming else None)
-    common.load_model_weights(model, run.path / "best")  # chosen on val
-    final_evaluation(cfg, model, corpus, machine, run, time.perf_counter() - started)
-    if machine.is_main:
+        print(f"\n{common.table(columns)}\n")
+        if cfg.data == "scenes":
+            print(scoring.how_it_sees(columns["test"], columns["test, shuffled"]))
+        print(f"\n{run.path / 'samples.png'}: test pictures with captions\n{run.path / 'metrics.json'}: this table")
+        print(common.curves(run.path / "curves.png", run.path / "log.jsonl"))
+        print(f"go on: python vcgpt.py --caption PICTURE --init {shlex.quote(str(run.path))}")
         print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 

@@ -119,6 +119,8 @@ def test_run_directories(tmp_path, monkeypatch, machine):
     assert [str(p) for p in paths] == ["runs/m-scenes", "runs/m-scenes-2", "runs/m-scenes-3"]
     assert common.Run.create("m", Config(data="x/mine.jsonl", task="caption"), machine).path.name == "m-mine-caption"
     common.Run.create("m", Config(out="here"), machine)
+    common.Run.create("m", Config(out="here"), machine)  # nothing was saved there: start again
+    (tmp_path / "here" / "last").mkdir()
     with pytest.raises(UserError, match="--resume here"):
         common.Run.create("m", Config(out="here"), machine)
     assert json.loads((paths[0] / "config.json").read_text())["depth"] == 4
@@ -130,7 +132,8 @@ def test_checkpoints_links_and_reading_back(tmp_path, machine):
     net.linear(net.embed(torch.tensor([1]))).sum().backward()
     optimizer.step()
     for step, is_best in ((1, True), (2, False), (3, False)):
-        run.save(step, net, Words(), optimizer, {"best": 0.5}, is_best)
+        run.save(step, net, Words(), optimizer, {"best": 0.5})
+        run.evaluated(step, {"best": 0.5, "val": {"x": step}}, is_best)
     assert (run.path / "last").resolve().name == "step_3" and (run.path / "best").resolve().name == "step_1"
     assert sorted(p.name for p in run.path.glob("step_*")) == ["step_1", "step_3"]
     where, values = common.find_checkpoint(str(run.path), "m")
@@ -142,7 +145,8 @@ def test_checkpoints_links_and_reading_back(tmp_path, machine):
     assert torch.equal(other.linear.weight, net.linear.weight)
     other_optimizer = common.adamw(other, lambda name: 1.0, 0.01)
     torch.manual_seed(5)
-    assert common.load_training_state(run.path / "last", other_optimizer) == (3, 0.5)
+    wanted = {"step": 3, "best": 0.5, "val": {"x": 3}}
+    assert common.load_training_state(run.path / "last", other_optimizer) == wanted
     assert torch.equal(
         other_optimizer.state[other.linear.weight]["exp_avg"], optimizer.state[net.linear.weight]["exp_avg"]
     )
@@ -160,14 +164,14 @@ def test_checkpoints_links_and_reading_back(tmp_path, machine):
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, machine):
     run, net = common.Run.create("m", Config(out=str(tmp_path / "r")), machine), Net()
     optimizer = common.adamw(net, lambda name: 1.0, 0.01)
-    run.save(1, net, Words(), optimizer, {"best": 0.0}, True)
+    run.save(1, net, Words(), optimizer, {"best": 0.0})
 
     class Full:
         def save(self, folder):
             raise OSError("No space left on device")
 
-    with pytest.raises(OSError):
-        run.save(2, net, Full(), optimizer, {"best": 0.0}, True)
+    with pytest.raises(UserError, match="step_2 could not be saved.*No space.*make room"):
+        run.save(2, net, Full(), optimizer, {"best": 0.0})
     assert common.find_checkpoint(str(run.path), "m", prefer="last")[0].name == "step_1"
     assert not (run.path / "step_2").exists()
 
@@ -198,10 +202,71 @@ def test_table():
     assert [line.split() for line in text.splitlines()] == [["a", "b"], ["x", "0.500", "0.250"], ["y", "1.000", "-"]]
 
 
-def test_contact_sheet(tmp_path):
-    from PIL import Image
+def test_why_compile_is_off(monkeypatch, machine):
+    assert "--compile turns it on" in common.why_not_compiled(Config(), machine)
+    monkeypatch.setattr(common.shutil, "which", lambda name: "/usr/bin/c++" if name == "clang++" else None)
+    monkeypatch.setattr(torch._dynamo, "is_dynamo_supported", lambda: True)
+    assert common.why_not_compiled(Config(compile=True), machine) == ""
+    monkeypatch.setattr(torch._dynamo, "is_dynamo_supported", lambda: False)
+    assert "cannot compile under Python" in common.why_not_compiled(Config(compile=True), machine)
+    monkeypatch.setattr(common.shutil, "which", lambda name: None)
+    assert "install g++" in common.why_not_compiled(Config(compile=True), machine)
+    net = Net()
+    assert common.spread(net, Config(compile=True), machine) is net, "and then it is left out, not failed at"
 
-    path = tmp_path / "sheet.png"
-    common.contact_sheet(path, [Image.new("RGB", (50, 50), "red")] * 5, [["a", "b"]] * 5, columns=4, side=40)
-    sheet = Image.open(path)
-    assert sheet.width == 4 * 68 + 28 and sheet.getpixel((28 + 20, 28 + 20)) == (255, 0, 0)
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_on_a_terminal_and_plain_lines_in_a_pipe(machine, monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(common.sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    log = common.Logger(None, machine, steps=4, every=2)
+    for step in (1, 2, 3, 4):
+        log.step(step, {"loss": torch.tensor(1.0)}, 0.1, 1.0, 5)
+    log.close()
+    said = capsys.readouterr()
+    assert [line.split()[1] for line in said.out.splitlines() if line.startswith("step")] == ["2/4", "4/4"]
+    assert ("4/4 [" in said.err) == is_terminal and (said.err == "") != is_terminal
+
+
+def test_numbers_out_of_range():
+    common.check_numbers(Config(depth=0, workers=-1, seed=-3), "")
+    for wrong, told in ((dict(depth=0), "--depth 0: give 1 or more"), (dict(rate=-0.1), "--rate -0.1: give 0 or more"),
+                        (dict(log_every=0), "--log-every 0"), (dict(rate=float("nan")), "--rate nan")):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            common.check_numbers(Config(**wrong), "depth")
+
+
+def test_an_out_that_cannot_be_made(tmp_path, machine):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot be made.*give another --out"):
+            common.Run.create("m", Config(out=str(tmp_path / out)), machine)
+
+
+def test_a_log_line_that_a_crash_cut_off(tmp_path):
+    run = common.Run(tmp_path)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    run.forget_after(2)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main():
+        raise OSError(28, "No space left on device", "x/log.jsonl")
+
+    with pytest.raises(SystemExit, match="2"):
+        common.run_main(main)
+    assert capsys.readouterr().err.startswith("error: [Errno 28] No space left on device: 'x/log.jsonl'; make room")
+
+
+def test_lost_links(tmp_path, machine):
+    run, net = common.Run.create("m", Config(out=str(tmp_path / "r")), machine), Net()
+    optimizer = common.adamw(net, lambda name: 1.0, 0.01)
+    for step in (9, 10):
+        run.save(step, net, Words(), optimizer, {"best": 0.0})
+        run.evaluated(step, {"best": 0.0}, step == 9)
+    (run.path / "last").unlink(), (run.path / "best").unlink()
+    assert common.find_checkpoint(str(run.path), "m")[0].name == "step_10"

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -185,6 +186,20 @@ def test_crop_fills_the_square_and_flip_mirrors_half_of_the_time():
 def test_unknown_augmentation_is_an_error():
     with pytest.raises(UserError, match="crop\\+flip"):
         to_pixels(gradient(8, 8), 8, "flip", random.Random(0))
+
+
+def test_contact_sheet(tmp_path):
+    """Square, wide and high pictures: all fit into the cell, none is stretched."""
+    path, paper = tmp_path / "sheet.png", (250, 249, 246)
+    pictures = [Image.new("RGB", size, "red") for size in ((50, 50), (100, 50), (20, 80), (1, 3000), (3, 3))]
+    data.contact_sheet(path, pictures, [["a", "b"]] * 5, columns=4, side=40)
+    sheet = Image.open(path)
+    assert sheet.width == 4 * 68 + 28
+    for column, (width, height) in enumerate(((40, 40), (40, 20), (10, 40))):
+        x, y = 28 + 68 * column, 28
+        assert sheet.getpixel((x + width // 2, y + height - 2)) == (255, 0, 0)
+        assert sheet.getpixel((x + width // 2, y + height + 2)) == paper
+        assert sheet.getpixel((x + width + 2, y + height // 2)) == paper
 
 
 def test_scene_is_drawn_at_the_size_asked_for():
@@ -440,6 +455,49 @@ def test_datasets_and_collate_can_be_sent_to_spawned_workers(tokenizer, tmp_path
     assert pickle.loads(pickle.dumps(loader.collate_fn)).keywords["eos"] == tokenizer.eos
 
 
+def test_a_spawned_worker_gives_the_same_batches(tokenizer, tmp_path):
+    """macOS and Windows start workers afresh: all that they need must be sent to them."""
+    pictures = Pictures(make_items(tmp_path, 3), tokenizer, 16, captions=2, train=True, augment="crop+flip")
+    loader = data.train_loader(pictures, 2, workers=1, steps=2)
+    loader.batches.multiprocessing_context = "spawn"
+    assert same_batches(list(data.train_loader(pictures, 2, steps=2)), list(loader))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
+def test_workers_leave_signals_to_the_main_process(tokenizer, tmp_path):
+    """Ctrl-C and one SIGTERM change nothing about the batches; a second SIGTERM ends a worker."""
+    pictures = Pictures(make_items(tmp_path, 4), tokenizer, 16, captions=1, train=True)
+    loader = data.train_loader(pictures, 2, workers=1, steps=30)
+    batches = iter(loader)
+    got = [next(batches)]
+    (worker,) = loader.batches._iterator._workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+        got += [next(batches) for _ in range(8)]
+    assert worker.is_alive() and same_batches(got, list(data.train_loader(pictures, 2, steps=17)))
+    with pytest.raises((RuntimeError, OSError, EOFError)):  # torch's own message, or what is left of the connection
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(10)
+        list(batches)
+    worker.kill()  # or a failure here would also be a hang
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers(tmp_path):
+    """multiprocessing ends its children by one SIGTERM, and workers outlive one."""
+    gradient(9, 9).save(tmp_path / "a.png")
+    code = f"""if True:
+        import common, data
+        pictures = data.Pictures([data.Item(0, {str(tmp_path / "a.png")!r}, ("x",))] * 9, None, 16)
+        batches = iter(data.eval_loader(pictures, 1, workers=1))
+        def main():
+            next(batches)
+            raise common.UserError("over")
+        common.run_main(main)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "error: over\n"
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_is_exact(tokenizer, tmp_path, world):
     pictures = Pictures(make_items(tmp_path, 7), None, 16)
@@ -454,17 +512,24 @@ def spoil(items, bad):
         Path(items[i].image).write_bytes(b"")
 
 
+def judged(loader):
+    """What a training loop on one process does."""
+    for batch in loader:
+        loader.judge(batch["bad"])
+        yield batch
+
+
 def test_training_skips_and_names_the_first_three(tokenizer, tmp_path, capsys):
     items = make_items(tmp_path, 12)
     spoil(items, range(5))
     loader = data.train_loader(Pictures(items, tokenizer, 16, captions=2, train=True), 6, steps=8)
-    seen = Counter(i for batch in loader for i in batch["image_id"])
+    seen = Counter(i for batch in judged(loader) for i in batch["image_id"])
     assert seen == {i: 4 for i in range(5, 12)}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all("empty" in line for line in said)
     assert len(loader.bad) == 5  # in each of four epochs, and yet five files
     loader = data.train_loader(Pictures(items[3:], tokenizer, 16, captions=2, train=True), 9, steps=4)
-    assert len(list(loader)) == 4 and len(capsys.readouterr().err.splitlines()) == 2
+    assert len(list(judged(loader))) == 4 and len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize("n, n_bad, stops", [(60, 10, False), (60, 11, True), (1200, 12, False), (1200, 13, True)])
@@ -473,15 +538,26 @@ def test_training_stops_beyond_ten_files_and_one_percent(n, n_bad, stops):
                          n, train=True)  # fmt: skip
     if stops:
         with pytest.raises(UserError, match=f"11 of|{n_bad} of"):
-            list(loader)
+            list(judged(loader))
     else:
-        assert len(list(loader)) == 3
+        assert len(list(judged(loader))) == 3
 
 
 def test_files_that_break_late_are_measured_against_all_files():
     good, late = {"image_id": [0] * 1000, "bad": []}, {"image_id": [0] * 989, "bad": [f"{i}: gone" for i in range(11)]}
     with pytest.raises(UserError, match="11 of the first 1000"):
-        list(data.Loader([good, good, good, late], 1000, train=True))
+        list(judged(data.Loader([good, good, good, late], 1000, train=True)))
+
+
+def test_processes_judge_together(capsys):
+    """Six bad files on each of two processes are twelve: both stop, the first alone speaks."""
+    shares = [{"image_id": [0] * 100, "bad": [f"{rank}{i}: gone" for i in range(6)]} for rank in (0, 1)]
+    for rank in (0, 1):
+        loader = data.Loader([shares[rank]], 5000, train=True, rank=rank, world=2)
+        next(iter(loader))
+        with pytest.raises(UserError, match="11 of the first 212"):
+            loader.judge(shares[0]["bad"] + shares[1]["bad"])
+        assert len(capsys.readouterr().err.splitlines()) == (3 if rank == 0 else 0)
 
 
 def test_a_process_always_has_a_picture(tokenizer, tmp_path):
@@ -490,7 +566,7 @@ def test_a_process_always_has_a_picture(tokenizer, tmp_path):
     pictures = Pictures(items, tokenizer, 16, captions=1, train=True)
     for workers in (0, 2):
         loader = data.train_loader(pictures, 1, workers, steps=12)
-        seen = [batch["image_id"] for batch in loader]
+        seen = [batch["image_id"] for batch in judged(loader)]
         assert all(len(ids) == 1 for ids in seen)
         assert Counter(i for ids in seen for i in ids) == {0: 2, 3: 6, 4: 2, 5: 2}  # 3 steps in for 1 and for 2
         assert len(loader.bad) == 2
@@ -565,7 +641,8 @@ def test_split_names(tmp_path):
 
 
 def test_splits_by_hash_are_stable_and_about_90_5_5(tmp_path):
-    own_folder(tmp_path, ["0.jpg"])
+    for i in range(2000):
+        (tmp_path / f"{i}.jpg").touch()
 
     def splits(names):
         lines = [json.dumps({"image": name, "caption": "x"}) for name in names]
@@ -587,6 +664,10 @@ def test_missing_images_are_named(tmp_path):
     (tmp_path / "x.csv").write_text("image,caption\na.jpg,x\n" + "".join(f"no{i}.jpg,x\n" for i in range(5)))
     notes = " ".join(load_own(tmp_path / "x.csv").notes)
     assert "5 of 6" in notes and "no0.jpg, no1.jpg, no2.jpg, ..." in notes and "no3" not in notes
+    assert list(as_dict(load_own(tmp_path / "x.csv"))) == ["a.jpg"], "what is not there is left out"
+    (tmp_path / "y.csv").write_text("image,caption,split\na.jpg,x,train\nno1.jpg,x,test\nno2.jpg,x,val\n")
+    with pytest.raises(UserError, match=r"no1.jpg of split test is missing \(2 such\).*take its line out"):
+        load_own(tmp_path / "y.csv")
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UserError, match="none of its images"):
         load_own(tmp_path / "x.csv")

@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
+from test_cli import finished  # noqa: F401  (a finished toy run)
+
+import common
+import vcgpt
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = [path for name in ("tden", "vcgpt", "soho", "vilta") if (path := ROOT / f"{name}.py").exists()]
 
@@ -50,3 +57,37 @@ def test_twins_are_identical():
     for (names, head), found in blocks.items():
         assert set(found) == {name.strip() for name in names.split(",")}, f"{head} is marked in {sorted(found)} alone"
         assert len(set(found.values())) == 1, f"{head} differs between {names}"
+
+
+def blocks(language):
+    """(document, text) of every fenced block of README and docs/."""
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for text in re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S):
+            yield document.name, text
+
+
+def test_the_python_example_of_readme_runs(finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (example,) = [text for name, text in blocks("python") if name == "README.md"]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "vcgpt-scenes").symlink_to(finished[0])
+    Image.new("RGB", (60, 40), "blue").save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    model = vcgpt.VCGPT.from_run(str(finished[0]))
+    assert capsys.readouterr().out.splitlines() == [model.caption("a.jpg", beam=b) for b in (1, 5)]
+
+
+COMMANDS = [
+    (name, line.split("#")[0].strip())
+    for name, text in [*blocks("bash"), ("vcgpt.py", re.sub(r" {6,}.*", "", vcgpt.__doc__, flags=re.M))]
+    for line in text.splitlines()
+    if re.match(r" *(python|torchrun --nproc_per_node=\d) vcgpt\.py", line)
+]
+
+
+@pytest.mark.parametrize("name, command", COMMANDS, ids=[command for _, command in COMMANDS])
+def test_commands_in_documents_have_flags_that_exist(name, command):
+    commands = {"caption": dict(nargs="+"), "eval-only": dict(nargs="*")}
+    words = command.split("vcgpt.py", 1)[1].split()
+    given, asked = common.parse_flags(vcgpt.Config, words, "vcgpt.py", commands)  # raises for what is no flag
+    assert given or asked.caption or asked.eval_only or not words

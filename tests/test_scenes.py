@@ -18,6 +18,7 @@ from PIL import Image
 import scenes
 from common import UserError
 from scenes import NP, Both, Count, Every, Exists, More, Nothing, Obj, Place, Relation, Scenes, Truth
+from tools import show_scenes
 
 KINDS = (Exists, Both, Relation, Count, Place, Nothing, Every, More)
 # Few enough attributes that a test can try every filling of a panel; a panel in nearly every scene.
@@ -556,11 +557,12 @@ def test_regions_noise_follows_its_seed():
 
 def test_show_writes_a_contact_sheet(tmp_path, capsys):
     digests = set()
-    for arguments in ([], ["--world", "full"], ["--split", "val"], ["--seed", "5"]):
-        scenes.main(["show", *arguments, "--out", str(tmp_path / "sheet.png")])
+    tasks = [["--world", "full", "--task", task] for task in ("questions", "pairs", "hypotheses", "tagged")]
+    for arguments in ([], ["--world", "full"], ["--split", "val"], ["--seed", "5"], *tasks):
+        show_scenes.main(["show", *arguments, "--out", str(tmp_path / "sheet.png")])
         picture = Image.open(tmp_path / "sheet.png")
         assert picture.width > 4 * 192 and picture.height > 3 * 192
         digests.add(hashlib.sha256(picture.tobytes()).digest())
-    assert len(digests) == 4 and "sheet.png" in capsys.readouterr().out
+    assert len(digests) == 8 and "sheet.png" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--out"):
-        scenes.main(["show", "--out", str(tmp_path / "no" / "such" / "folder.png")])
+        show_scenes.main(["show", "--out", str(tmp_path / "no" / "such" / "folder.png")])

@@ -17,7 +17,7 @@ V = 37
 def tiny(variant="vcgpt", **changes):
     settings = dict(
         variant=variant, fusion_layers=2, image_size=32, patch=8, vision_width=24, vision_layers=1, vision_heads=2,
-        width=32, layers=2, heads=4, positions=20, vocab_size=V, dropout=0.0, init_std=0.2,
+        width=32, layers=2, heads=4, positions=20, vocab_size=V, dropout=0.0, init_std=0.2, max_len=15,
     )  # fmt: skip
     return vcgpt.Config(**{**settings, **changes})
 
@@ -270,6 +270,7 @@ def test_official_weights_meet_pictures_of_another_size(official):
     """--image-size 48 with a checkpoint for 32: the table is resized once, at loading."""
     small, large = built(official), built(official, image_size=48)
     assert len(large.clip.positions) == 37 and large.cfg.image_size == 48
+    assert built(official, image_size=0).cfg.image_size == 32, "0: the checkpoint's own"
     torch.testing.assert_close(large.clip.positions, vcgpt.resize_positions(small.clip.positions, 6))
 
 

@@ -1,0 +1,22 @@
+"""The papers that the shared tests run: a new one adds a line here and inherits them."""
+
+import importlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# file -> flags of a run on scenes that takes a second: its sizes and its own settings
+PAPERS = {
+    "vcgpt": "--width 32 --heads 2 --mlp 64 --vision-width 32 --vision-heads 2 --fusion-layers 1 --lm-steps 2 "
+    "--max-new 12",
+}
+SHORT = "--batch 20 --train-scenes 40 --val-items 10 --test-scenes 12 --steps 4 --log-every 2 --workers 0 --device cpu"
+
+
+def toy(paper: str, *more) -> list[str]:
+    """Flags of a toy run; those in `more` come last and win."""
+    return [*PAPERS[paper].split(), *SHORT.split(), *map(str, more)]
+
+
+def run(paper: str, *argv) -> None:
+    importlib.import_module(paper).main(list(map(str, argv)))
