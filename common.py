@@ -10,6 +10,7 @@ weights | run directory and checkpoints | log | curves and tables.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import inspect
@@ -57,23 +58,30 @@ def interrupt(signum, _) -> None:
 def run_main(main) -> None:
     """Call main(); a UserError becomes its message and exit status 2, a stop 128 + its signal, neither a traceback."""
     signal.signal(signal.SIGTERM, interrupt)
+    status = 0
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except OSError as error:
         print(f"error: {error}; make room, or mend the path or its permissions", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        status = 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = 128 + signal.SIGINT
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # Python must not shut down here: DistributedDataParallel keeps gloo's threads alive, and one that lets go of its
+        # last tensor meanwhile aborts the process (of 28 toy runs 4 ended so). What is to be done at exit is done.
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 import math
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch.multiprocessing as mp
 import common
 import eval as scoring
 from common import UserError
+from papers import ROOT
 
 N = 7  # images: odd, so that shares differ
 
@@ -50,8 +54,6 @@ def process(rank, world, folder, port):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """{(world, rank): what that process computed}, for 1, 2 and 3 processes."""
-    import socket
-
     found = {}
     for world in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"world{world}")
@@ -81,3 +83,34 @@ def test_sums_and_lists(told):
 def test_all_processes_stop_and_name_the_guilty_ones_samples(told):
     for (world, _), said in told.items():
         assert f"image of {world - 1} (1 in " in said["not_finite"] and "step 3: loss nan" in said["not_finite"]
+
+
+ENDING = """
+import atexit, os, torch.distributed as dist
+import common
+
+class Late:
+    def __del__(self):
+        print("Python shuts down")
+
+late = Late()
+atexit.register(print, "hook")
+
+def main():
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="FREE")
+    dist.init_process_group("gloo")
+    raise common.UserError("mend it")
+
+common.run_main(main)
+"""
+
+
+def test_a_process_of_several_ends_without_shutting_python_down(tmp_path):
+    """gloo's threads outlive destroy_process_group where DistributedDataParallel was used; one that meets a Python that
+    shuts down aborts the process, now and then. What must be done at exit (ending workers, flushing) is still done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run([sys.executable, "-c", ENDING.replace("FREE", str(port))], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "hook\n") and "error: mend it" in done.stderr
