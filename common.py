@@ -75,8 +75,8 @@ def run_main(main) -> None:
         status = 128 + signal.SIGINT
     if dist.is_initialized():
         dist.destroy_process_group()
-        # Python must not shut down here: DistributedDataParallel keeps gloo's threads alive, and one that lets go of its
-        # last tensor meanwhile aborts the process (of 28 toy runs 4 ended so). What is to be done at exit is done.
+        # Python must not shut down here: DistributedDataParallel keeps gloo's threads alive, and one that lets go of
+        # its last tensor meanwhile aborts the process (of 28 toy runs 4 ended so). What is due at exit is done.
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)

@@ -1,49 +1,84 @@
-"""The official layouts of image-caption data, and the small world, as `data.Corpus`.
+"""The official layouts, and the small world, as `data.Corpus`; region features as their detectors leave them.
 
-    load("scenes", world="tiny")      drawn, nothing to download          load("flickr8k")     load("flickr30k")
-    load("coco")                      files below data/coco               load("photos.jsonl") own data, see data.py
+    load("scenes", task="vqa")        drawn, nothing to download          load("coco")  load("vqa")  load("nlvr2") ...
+    load("photos.jsonl")              own data, see data.py               files below data/NAME, or below `root`
 
     coco/       dataset_coco.json (here, in karpathy/ or in annotations/)   train2014/ val2014/, or train2017/ val2017/
                 without it annotations/captions_{train,val}{2014,2017}.json
     flickr30k/  dataset_flickr30k.json likewise                             flickr30k-images/ or images/
     flickr8k/   dataset_flickr8k.json likewise                              Flicker8k_Dataset/ or images/
+    nocaps/     nocaps_val_4500_captions.json, nocaps_test_image_info.json  images/, or val/ and test/
+    vqa/        v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
+                v2_mscoco_{train2014,val2014}_annotations.json              train2014/ val2014/ test2015/, or ../coco
+    nlvr2/      data/{train,dev,test1,test2}.json                           images/{train/NUMBER,dev,test1,test2}/
+    nlvr1/      {train,val,test}.jsonl, statements about one picture        images/
+    snli_ve/    snli_ve_{train,dev,test}.jsonl                              flickr30k-images/, or ../flickr30k
+    vcr/        {train,val,test}.jsonl                                      vcr1images/MOVIE/, .jpg and .json
 
-No load touches every picture: a few of each folder are looked for, the rest is left to the loaders, which name what
-they miss. Sources of the layouts: the Karpathy split files, and dandelin/ViLT's DATA.md for where they usually lie.
+`python data.py where NAME` says which official page hands them out. No load touches every picture: a few of each folder
+are looked for, the rest is left to the loaders, which name what they miss, and to `data.py check`, which counts it.
+
+Reading map: load | the small world | COCO and the Flickrs | NoCaps | VQA | NLVR | SNLI-VE | VCR | region files.
 """
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
-from data import Corpus, Item, below, caption_text, load_own
+import numpy as np
 
-# Names of the official picture folders; COCO's follow from its file names.
-FOLDERS = {"coco": (), "flickr30k": ("flickr30k-images",), "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset")}
+import data
+from common import UserError, choose
+from data import BadImage, Choice, Corpus, Example, Item, Regions, Tagged
+
+# Names of the official picture folders below the root of each; COCO's follow from its file names.
+FOLDERS = {
+    "coco": (),
+    "flickr30k": ("flickr30k-images",),
+    "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset"),
+    "nocaps": (),
+    "vqa": (),
+    "nlvr2": (),
+    "nlvr1": (),
+    "snli_ve": ("flickr30k-images", "../flickr30k/flickr30k-images", "../flickr30k/images"),
+    "vcr": (),
+}
 NAMES = ("scenes", *FOLDERS)
+TASKS = ("caption", "vqa", "nlvr2", "ve", "vcr")  # what scenes can be asked for
 
 
-def load(name: str, root: str | Path | None = None, **scenes_options) -> Corpus:
-    """A data set by name, or own data by path. `root`: its folder, default data/NAME; own data and scenes need none.
+def load(name: str, root: str | Path | None = None, task: str = "caption", train_on: str = "train", **scenes_options):
+    """A data set by name, or own data by path, as a Corpus. `root`: its folder, default data/NAME.
 
-    `scenes_options` (world, n_train, n_val, n_test, seed) are those of `load_scenes`; other data has no use for them.
-    Image ids: COCO's own, Karpathy's imgid for the Flickrs, the index of a scene in its split, own file names.
-    Raises UserError for whatever is missing or malformed, saying where it was looked for.
+    task: of scenes, which task (TASKS); another data set has its own. train_on: of vqa, "train", "train+val" or
+    "train+val+vg", see load_vqa. `scenes_options` (world, n_train, n_val, n_test, seed) are those of `load_scenes`.
+    Image ids: COCO's own, Karpathy's imgid for the Flickrs, the index of a scene in its split, own file names, or what
+    the data set calls its pictures. Raises UserError for whatever is missing or malformed, saying where it was looked
+    for.
     """
     if name == "scenes":
-        return load_scenes(**scenes_options)
+        return load_scenes(task=task, **scenes_options)
     if name in FOLDERS:
-        return _load_official(name, Path(root or Path("data", name)))
+        root = Path(root or Path("data", name))
+        if not root.is_dir():
+            raise UserError(
+                f"{name}: the folder {root} does not exist; put the data there or pass --root "
+                f"(`python data.py where {name}` says where it comes from)"
+            )
+        readers = {"vqa": lambda root: load_vqa(root, train_on), "nlvr2": load_nlvr2, "nlvr1": load_nlvr1,
+                   "snli_ve": load_snli_ve, "vcr": load_vcr, "nocaps": load_nocaps}  # fmt: skip
+        return readers[name](root) if name in readers else _load_captions(name, root)
     path = Path(name)
     if path.suffix.lower() in (".jsonl", ".csv") or (path / "captions.txt").is_file():
-        return load_own(path)
+        return data.load_own(path)
     if path.exists():
         raise UserError(f"{name} is not own data: pass a .jsonl, a .csv, or a folder with captions.txt")
     nearest = difflib.get_close_matches(name.lower(), NAMES, n=1)
@@ -56,29 +91,71 @@ def load(name: str, root: str | Path | None = None, **scenes_options) -> Corpus:
 
 
 class SceneItems(Sequence):
-    """Scenes as Items. Scene and captions are made on access; both depend on (seed, split, index) alone."""
+    """Scenes as the Items, Examples or Choices of a task, made on access from (seed, split, index) alone."""
 
-    def __init__(self, scenes: Sequence):
-        self.scenes = scenes
+    def __init__(self, made: Sequence, form):
+        self.made, self.form = made, form
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.made)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        import scenes
-
-        scene = self.scenes[index]
-        return Item(scene.index, scene, tuple(scenes.captions(scene)))
+        return self.form(self.made[index], range(len(self))[index])
 
 
-def load_scenes(world="tiny", n_train: int = 20_000, n_val: int = 500, n_test: int = 500, seed: int = 0) -> Corpus:
-    """train, val, test and test_compositional (n_test scenes too), whose colour-shape pairs occur in no other split."""
+def _scene_captions(scene, index: int) -> Item:
     import scenes
 
+    return Item(scene.index, scene, tuple(scenes.captions(scene)))
+
+
+def _scene_question(scene, index: int) -> Example:
+    """One question a scene. Which of its four: by the index, so that half of them are yes/no questions."""
+    import scenes
+
+    asked = scenes.questions(scene)
+    asked = asked[index % len(asked)]
+    return Example(index, (scene.index,), (scene,), asked.text, answers=asked.answers, kinds=(asked.kind,))
+
+
+def _scene_statement(judged, index: int) -> Example:
+    ids = tuple(scene.index for scene in judged.scenes)
+    return Example(index, ids, judged.scenes, judged.text, judged.label, group=str(judged.group))
+
+
+def _scene_choice(asked, index: int) -> Choice:
+    names = ("object",) * len(asked.scene.objects)  # a shape's name would give the answer away
+
+    def text(tokens) -> Tagged:
+        return tagged_text([t if isinstance(t, str) else list(t) for t in tokens], names)
+
+    return Choice(str(index), (asked.scene.index,), (asked.scene,), text(asked.question),
+                  tuple(map(text, asked.answers)), tuple(map(text, asked.rationales)), asked.label,
+                  asked.rationale_label, names)  # fmt: skip
+
+
+def load_scenes(world="tiny", n_train: int = 20_000, n_val: int = 500, n_test: int = 500, seed: int = 0,
+                task: str = "caption") -> Corpus:
+    """train, val, test and test_compositional (n_test scenes too), whose colour-shape pairs occur in no other split.
+
+    Groups of pairs (4) and of hypotheses (3) stay whole: each split is cut to a multiple, with at least one group.
+    """
+    import scenes
+
+    kinds = {"caption": (scenes.Scenes, _scene_captions, 1), "vqa": (scenes.Scenes, _scene_question, 1),
+             "nlvr2": (scenes.Pairs, _scene_statement, 4), "ve": (scenes.Hypotheses, _scene_statement, 3),
+             "vcr": (scenes.Tagged, _scene_choice, 1)}  # fmt: skip
+    choose("task", task, TASKS)
+    kind, form, group = kinds[task]
     sizes = {"train": n_train, "val": n_val, "test": n_test, "test_compositional": n_test}
-    return Corpus("scenes", {split: SceneItems(scenes.Scenes(world, split, n, seed)) for split, n in sizes.items()})
+    splits = {split: SceneItems(kind(world, split, max(n - n % group, min(n, 1) * group), seed), form)
+              for split, n in sizes.items()}  # fmt: skip
+    if task == "ve" and not scenes.get_world(world).panel:
+        raise UserError(f"nothing is ever hidden in the {world} world, so no hypothesis is neutral: add --world full")
+    answers = answer_vocabulary(splits["train"][:2000]) if task == "vqa" else ()
+    return Corpus("scenes", splits, answers=answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,9 +172,7 @@ class Row(NamedTuple):
     captions: tuple[str, ...]
 
 
-def _load_official(name: str, root: Path) -> Corpus:
-    if not root.is_dir():
-        raise UserError(f"{name}: the folder {root} does not exist; put the data there or pass --root")
+def _load_captions(name: str, root: Path) -> Corpus:
     places = (root, root / "karpathy", root / "annotations")
     files = [file for place in places for file in sorted(place.glob("dataset_*.json"))]
     if len(files) > 1:
@@ -116,19 +191,43 @@ def _load_official(name: str, root: Path) -> Corpus:
         )
     images = Folders(name, root, notes).resolve(rows)
     splits: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
+    _distinct((row.image_id for row in rows), f"{name}: image")
     for row, image in zip(rows, images, strict=True):
         splits[row.split].append(Item(row.image_id, image, row.captions))
     return Corpus(name, splits, notes)
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path, *lists: str) -> list[list]:
+    """The lists of these names at the top of an official file."""
     try:
         content = json.loads(file.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise UserError(f"{file} has no list `images`; a file of the official form has one at its top")
-    return content
+    for name in lists:
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise UserError(f"{file} has no list `{name}`; a file of the official form has one at its top")
+    return [content[name] for name in lists]
+
+
+def _fields(record, where: str, **types: type) -> list:
+    """The values of these fields of a JSON object. UserError that names one which is missing or of another type."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: an object with {', '.join(types)} is expected, not {str(record)[:60]}")
+    for name, kind in types.items():
+        value = record.get(name)
+        if name not in record or not isinstance(value, kind) or isinstance(value, bool):
+            found = f"it is {str(value)[:60]!r}" if name in record else "it is missing"
+            raise UserError(f"{where}: `{name}` must be {KINDS[kind]}, but {found}; is the file of the official form?")
+    return [record[name] for name in types]
+
+
+KINDS = {str: "a text", int: "a whole number", list: "a list"}
+
+
+def _distinct(ids, what: str) -> None:
+    for twice, count in Counter(ids).items():
+        if count > 1:
+            raise UserError(f"{what} {twice} occurs {count} times; every one has an id of its own")
 
 
 def _read_karpathy(file: Path) -> list[Row]:
@@ -136,7 +235,7 @@ def _read_karpathy(file: Path) -> list[Row]:
     # of COCO's training images would be lost, and CIDEr's document frequencies would shift.
     names = {"train": "train", "restval": "train", "val": "val", "test": "test"}
     rows = []
-    for number, record in enumerate(_read_json(file)["images"]):
+    for number, record in enumerate(_read_json(file, "images")[0]):
         where = f"{file}, images[{number}]"
         try:
             split, filename = str(record["split"]), record["filename"]
@@ -147,7 +246,7 @@ def _read_karpathy(file: Path) -> list[Row]:
             raise UserError(f"{where}: split {split!r} is not known; Karpathy's are {', '.join(names)}")
         if not raw:
             raise UserError(f"{where}: {filename} has no caption")
-        captions = tuple(caption_text(text, f"{where} ({filename})") for text in raw)
+        captions = tuple(data.caption_text(text, f"{where} ({filename})") for text in raw)
         image_id = record.get("cocoid", record.get("imgid", number))
         rows.append(Row(names[split], image_id, str(record.get("filepath") or ""), filename, captions))
     return rows
@@ -165,26 +264,30 @@ def _read_official_coco(root: Path, year: int) -> tuple[list[Row], list[str]]:
         if not file:
             notes.append(f"coco: no annotations/captions_{name}{year}.json, so there is no {split} split.")
             continue
-        content = _read_json(file)
-        captions: dict = {}
-        for number, record in enumerate(content.get("annotations", [])):
-            where = f"{file}, annotations[{number}]"
-            if not isinstance(record, dict) or "image_id" not in record:
-                raise UserError(f"{where}: no `image_id` in it")
-            captions.setdefault(record["image_id"], []).append(caption_text(record.get("caption"), where))
         without = 0
-        for number, record in enumerate(content["images"]):
-            if not isinstance(record, dict) or not {"id", "file_name"} <= set(record):
-                raise UserError(f"{file}, images[{number}]: no `id` or no `file_name` in it")
-            texts = captions.pop(record["id"], None)
-            without += texts is None
+        for record, texts in _read_coco_form(file):
+            without += not texts
             if texts:
                 rows.append(Row(split, record["id"], f"{name}{year}", record["file_name"], tuple(texts)))
-        if captions:
-            raise UserError(f"{file}: a caption is about image {next(iter(captions))}, which is not in `images`")
         if without:
             notes.append(f"coco: {without} images of {file.name} have no caption and are left out.")
     return rows, notes
+
+
+def _read_coco_form(file: Path, has_captions: bool = True):
+    """(image record, its captions) for each of `images`, of COCO's caption files and NoCaps'."""
+    images, *annotations = _read_json(file, "images", *["annotations"] * has_captions)
+    captions: dict = {}
+    for number, record in enumerate(annotations[0] if annotations else []):
+        where = f"{file}, annotations[{number}]"
+        if not isinstance(record, dict) or "image_id" not in record:
+            raise UserError(f"{where}: no `image_id` in it")
+        captions.setdefault(record["image_id"], []).append(data.caption_text(record.get("caption"), where))
+    for number, record in enumerate(images):
+        _fields(record, f"{file}, images[{number}]", id=int, file_name=str)
+        yield record, captions.pop(record["id"], [])
+    if captions:
+        raise UserError(f"{file}: a caption is about image {next(iter(captions))}, which is not in `images`")
 
 
 class Folders:
@@ -194,15 +297,15 @@ class Folders:
 
     def __init__(self, name: str, root: Path, notes: list[str]):
         self.name, self.root, self.notes = name, root, notes
-        self.val2017: set[str] | None = None
+        self.val2017: dict[str, set[str]] = {}
 
     def resolve(self, rows: list[Row]) -> list[Path]:
         """The file of each row. UserError where no picture of any folder is found; a note where one folder has none."""
         tried, groups = [], {}  # of each row the possible files; (filepath, how many) -> numbers of its rows
         for number, row in enumerate(rows):
             where = f"{self.name}, image {row.image_id}"
-            below(self.root, row.filename, where)
-            below(self.root, os.path.join(row.filepath, row.filename), where)
+            data.below(self.root, row.filename, where)
+            data.below(self.root, os.path.join(row.filepath, row.filename), where)
             tried.append(self._candidates(row.filepath, row.filename))
             groups.setdefault((row.filepath, len(tried[-1])), []).append(number)
         chosen, lost = {}, []
@@ -221,14 +324,445 @@ class Folders:
     def _candidates(self, filepath: str, filename: str) -> list[str]:
         """Relative paths in the order of preference."""
         folders = [filepath, "images", f"images/{filepath}"] if filepath else ["images"]
+        folders += [f"../coco/{filepath}"] if self.name == "vqa" else []  # VQA's pictures are COCO's
         files = [f"{folder}/{filename}" for folder in (*folders, *FOLDERS[self.name])]
         # the 2017 release holds the pictures of 2014 under shorter names, divided in another way
-        if self.name == "coco" and (match := re.match(r"COCO_((?:train|val)2014)_(\d{12}\.\w+)$", filename)):
-            files += [f"{match[1]}/{filename}", f"{self._folder2017(match[2])}/{match[2]}"]
+        if match := re.match(r"COCO_((?:train|val)2014)_(\d{12}\.\w+)$", filename):
+            for coco in {"coco": ("",), "vqa": ("", "../coco/")}.get(self.name, ()):
+                files += [f"{coco}{match[1]}/{filename}", f"{coco}{self._folder2017(coco, match[2])}/{match[2]}"]
         return files
 
-    def _folder2017(self, filename: str) -> str:
-        if self.val2017 is None:  # one listing of 5,000 names instead of a look at every file
-            folder = self.root / "val2017"
-            self.val2017 = set(os.listdir(folder)) if folder.is_dir() else set()
-        return "val2017" if filename in self.val2017 else "train2017"
+    def _folder2017(self, coco: str, filename: str) -> str:
+        if coco not in self.val2017:  # one listing of 5,000 names instead of a look at every file
+            folder = self.root / coco / "val2017"
+            self.val2017[coco] = set(os.listdir(folder)) if folder.is_dir() else set()
+        return "val2017" if filename in self.val2017[coco] else "train2017"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NoCaps
+
+
+def load_nocaps(root: Path) -> Corpus:
+    """The validation set as `test`, and as test_in_domain, test_near_domain and test_out_domain where the file says so;
+    `server_test`, whose captions are hidden. There is nothing to train on."""
+    splits: dict[str, list[Item]] = {"test": []}
+    notes = ["nocaps: its validation set, whose captions are public, serves as test; each domain is scored as a corpus "
+             "of its own, document frequencies included, which the official server may do otherwise."]  # fmt: skip
+    files = {kind: sorted(file for place in (root, root / "annotations") for file in place.glob(f"nocaps_{kind}*.json"))
+             for kind in ("val", "test")}  # fmt: skip
+    with_captions = [file for file in files["val"] if "caption" in file.name]
+    if not with_captions:
+        found = f"; {files['val'][0].name} has no captions" if files["val"] else ""
+        raise UserError(f"nocaps: no nocaps_val_4500_captions.json in {root} or its annotations/{found}")
+    for kind, file in (("val", with_captions[0]), *(("test", file) for file in files["test"][:1])):
+        found = list(_read_coco_form(file, has_captions=kind == "val"))
+        folder = {"val": "val", "test": "test"}[kind]
+        rows = [Row(kind, record["id"], folder, record["file_name"], tuple(texts)) for record, texts in found]
+        _distinct((row.image_id for row in rows), f"{file}: image")
+        if kind == "val" and (bare := next((row for row in rows if not row.captions), None)):
+            raise UserError(f"{file}: image {bare.image_id} has no caption")
+        for (record, _), row, image in zip(found, rows, Folders("nocaps", root, notes).resolve(rows), strict=True):
+            item = Item(row.image_id, image, row.captions)
+            splits.setdefault("test" if kind == "val" else "server_test", []).append(item)
+            if kind == "val" and record.get("domain"):
+                name = f"test_{record['domain']}".replace("-", "_")
+                splits.setdefault(name, []).append(item)
+    return Corpus("nocaps", splits, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VQA v2
+
+SEEN_AT_LEAST = 9  # times as the most frequent of the ten, for an answer to be a class: 3,129 on train + val
+MINI_VAL = 3_000  # TDEN's
+
+
+def answer_vocabulary(examples: Sequence[Example], answers: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Normalised answers that are given SEEN_AT_LEAST times, in the order of their first appearance.
+
+    answers: for each example the one that counts, default its most frequent one (VQA's `multiple_choice_answer`).
+    """
+    if answers is None:
+        answers = [Counter(example.answers).most_common(1)[0][0] for example in examples]
+    counts = Counter(data.normalise_answer(answer).replace(",", "") for answer in answers)
+    found = tuple(answer for answer, count in counts.items() if count >= SEEN_AT_LEAST)
+    if not found:
+        raise UserError(f"no answer is given {SEEN_AT_LEAST} times in {len(answers)} questions: there are no classes")
+    return found
+
+
+def load_vqa(root: Path, train_on: str = "train") -> Corpus:
+    """train, val, and server_test and server_test_dev, whose answers are hidden. Corpus.answers: by the rule above,
+    from train2014 and val2014 whatever is trained on, so that one head fits all.
+
+    train_on: "train": val is val2014. "train+val": val is TDEN's mini-val, the last 3,000 of val2014 by question id,
+    and the rest of val2014 is in train. "train+val+vg": Visual Genome's questions besides (vg/ beside or below the
+    root).
+    """
+    choose("train-on", train_on, ["train", "train+val", "train+val+vg"])
+    notes: list[str] = []
+    parts, rows, frequent = {}, [], []
+    for name in ("train2014", "val2014", "test2015", "test-dev2015"):
+        questions = root / f"v2_OpenEnded_mscoco_{name}_questions.json"
+        if questions.is_file():
+            answers = None if name.startswith("test") else root / f"v2_mscoco_{name}_annotations.json"
+            parts[name], common_answers = _read_vqa(questions, answers, "test2015" if answers is None else name)
+            frequent += common_answers
+            rows += [row for row, _ in parts[name]]
+        elif not name.startswith("test"):
+            raise UserError(f"vqa: {questions} is missing; `python data.py where vqa` says where it comes from")
+    pictures = list(dict.fromkeys(rows))  # several questions are about one
+    images = dict(zip(pictures, Folders("vqa", root, notes).resolve(pictures), strict=True))
+
+    def examples(name: str) -> list[Example]:
+        return [Example(number, (row.image_id,), (images[row],), text, answers=answers, kinds=kinds)
+                for row, (number, text, answers, kinds) in parts.get(name, [])]  # fmt: skip
+
+    train, val = examples("train2014"), examples("val2014")
+    vocabulary = answer_vocabulary(train + val, frequent)
+    if train_on != "train":
+        val.sort(key=lambda example: example.example_id)
+        train, val = train + val[:-MINI_VAL], val[-MINI_VAL:]
+        notes.append(f"vqa: val is TDEN's mini-val, the last {len(val):,} questions of val2014 by id; "
+                     "train has the rest.")  # fmt: skip
+    if train_on == "train+val+vg":
+        train += _visual_genome_questions(root, vocabulary, {example.image_ids[0] for example in val}, notes)
+    splits = {"train": train, "val": val, "server_test": examples("test2015"),
+              "server_test_dev": examples("test-dev2015")}  # fmt: skip
+    return Corpus("vqa", splits, notes, answers=vocabulary)
+
+
+def _read_vqa(questions: Path, annotations: Path | None, folder: str) -> tuple[list, list[str]]:
+    """[(Row of the picture, (question id, text, ten answers, kinds))], and the most frequent answers."""
+    asked = []
+    for number, record in enumerate(_read_json(questions, "questions")[0]):
+        where = f"{questions}, questions[{number}]"
+        asked.append(_fields(record, where, question_id=int, image_id=int, question=str))
+    _distinct((question_id for question_id, *_ in asked), f"{questions}: question_id")
+    told, frequent = {}, []
+    for number, record in enumerate(_read_json(annotations, "annotations")[0] if annotations else []):
+        where = f"{annotations}, annotations[{number}]"
+        question_id, image_id, *kinds, most, answers = _fields(
+            record, where, question_id=int, image_id=int, answer_type=str, question_type=str,
+            multiple_choice_answer=str, answers=list)  # fmt: skip
+        if len(answers) != 10:
+            raise UserError(f"{where}: question {question_id} has {len(answers)} answers, not ten")
+        texts = tuple(_fields(answer, f"{where}, answers[{i}]", answer=str)[0] for i, answer in enumerate(answers))
+        if question_id in told:
+            raise UserError(f"{where}: question {question_id} has answers already; every one has an id of its own")
+        told[question_id] = image_id, texts, tuple(kinds)
+        frequent.append(most)
+    found = []
+    for question_id, image_id, text in asked:
+        about, answers, kinds = told.pop(question_id, (image_id, (), ()))
+        if about != image_id or (annotations and not answers):
+            what = "has no answers there" if not answers else f"is about image {image_id}, there about {about}"
+            raise UserError(f"{questions} and {annotations} do not fit: question {question_id} {what}")
+        row = Row("", image_id, folder, f"COCO_{folder}_{image_id:012d}.jpg", ())
+        found.append((row, (question_id, text, answers, kinds)))
+    if told:
+        raise UserError(f"{annotations}: question {next(iter(told))} is not in {questions}")
+    return found, frequent
+
+
+def _visual_genome_questions(root: Path, vocabulary: tuple[str, ...], held_out: set, notes: list[str]) -> list[Example]:
+    """Visual Genome's questions whose answer is a class, without those about pictures of the val split."""
+    place = next((p for p in (root / "vg", root.parent / "vg") if p.is_dir()), root.parent / "vg")
+    files = [next((f for f in (place / name, place / "annotations" / name) if f.is_file()), place / name)
+             for name in ("image_data.json", "question_answers.json")]  # fmt: skip
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"vqa: {file} is missing; put Visual Genome's files there, or --train-on train+val")
+    images, asked = (json.loads(file.read_text("utf-8")) for file in files)
+    coco = {record.get("image_id", record.get("id")): record.get("coco_id") for record in images}
+    folders = [place / name for name in ("images/VG_100K", "images/VG_100K_2", "VG_100K", "VG_100K_2")]
+    present = {int(file.stem): file for folder in folders for file in folder.glob("*.jpg")}
+    known, found, left_out = set(vocabulary), [], 0
+    for record in asked:
+        for row in record["qas"]:
+            text, image_id = data.normalise_answer(row["answer"]).replace(",", ""), row["image_id"]
+            if coco.get(image_id) in held_out:
+                left_out += 1
+            elif text in known and image_id in present:
+                found.append(Example(f"vg-{row['qa_id']}", (f"vg-{image_id}",), (present[image_id],), row["question"],
+                                     answers=(text,) * 10, kinds=("other", "vg")))  # fmt: skip
+    notes.append(f"vqa: {len(found):,} questions of Visual Genome are in train, {left_out:,} about pictures of val "
+                 "are left out.")  # fmt: skip
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NLVR2, and NLVR's first version
+
+
+def load_nlvr2(root: Path) -> Corpus:
+    """train, val (dev), test (test1, Test-P) and test_unreleased (test2, Test-U, public since 2022)."""
+    names = {"train": "train", "val": "dev", "test": "test1", "test_unreleased": "test2"}
+    places = {split: [root / place / f"{name}.json" for place in ("data", ".")] for split, name in names.items()}
+    files = {split: next((f for f in found if f.is_file()), None) for split, found in places.items()}
+    if not any(files.values()):
+        raise UserError(f"nlvr2: none of data/{{{','.join(names.values())}}}.json is below {root}; pass --root")
+    notes, splits = [], {}
+    for split, file in files.items():
+        if not file:
+            notes.append(f"nlvr2: no data/{names[split]}.json, so there is no {split} split.")
+            continue
+        rows, told = [], []
+        for where, record in data.json_lines(file.read_text("utf-8"), file):
+            identifier, sentence, label = _fields(record, where, identifier=str, sentence=str, label=str)
+            parts = identifier.split("-")
+            if len(parts) != 4:
+                raise UserError(f"{where}: identifier {identifier!r} is not split-set-pair-sentence")
+            folder = f"{_fields(record, where, directory=int)[0]}/" if split == "train" else ""
+            for picture in [f"{'-'.join(parts[:3])}-img{side}" for side in (0, 1)]:
+                rows.append(Row(split, picture, names[split], f"{folder}{picture}.png", ()))
+            told.append((identifier, sentence, _truth(label, where), f"{parts[0]}-{parts[1]}-{parts[3]}"))
+        _distinct((identifier for identifier, *_ in told), f"{file}: identifier")
+        images = Folders("nlvr2", root, notes).resolve(rows)
+        splits[split] = [
+            Example(identifier, (left.image_id, right.image_id), pictures, sentence, label, group=group)
+            for (identifier, sentence, label, group), left, right, pictures in zip(
+                told, rows[::2], rows[1::2], zip(images[::2], images[1::2], strict=True), strict=True)
+        ]  # fmt: skip
+    return Corpus("nlvr2", splits, notes)
+
+
+def _truth(label: str, where: str) -> int:
+    if label.lower() not in ("true", "false"):
+        raise UserError(f"{where}: label {label!r} is neither True nor False")
+    return int(label.lower() == "true")
+
+
+def load_nlvr1(root: Path) -> Corpus:
+    """Statements about one picture of three boxes. It stands in both places of NLVR2's pair, so that model and head are
+    unchanged; training draws one of the orders of its boxes."""
+    notes = ["nlvr1: one picture a statement; it stands in both places of the pair."]
+    splits = {}
+    for split in ("train", "val", "test"):
+        file, rows, told = root / f"{split}.jsonl", [], []
+        if not file.is_file():
+            raise UserError(f"nlvr1: {file} is missing; pass --root")
+        for where, record in data.json_lines(file.read_text("utf-8"), file):
+            identifier, sentence, label, images = _fields(record, where, identifier=str, sentence=str, label=str,
+                                                          images=list)  # fmt: skip
+            if not images:
+                raise UserError(f"{where}: `images` is empty")
+            drawn = [Path(data.below(root, image, where)) for image in images]  # the orders of the boxes
+            rows.append(Row(split, drawn[0].stem, str(drawn[0].parent), drawn[0].name, ()))
+            told.append((identifier, sentence, _truth(label, where), [root / image for image in drawn]))
+        _distinct((identifier for identifier, *_ in told), f"{file}: identifier")
+        Folders("nlvr1", root, notes).resolve(rows)  # says where none of them is there
+        splits[split] = [
+            Example(identifier, (row.image_id,) * 2, (images[0],) * 2, sentence, label,
+                    group=identifier.rpartition("-")[0], others=tuple((image,) * 2 for image in images[1:]))
+            for (identifier, sentence, label, images), row in zip(told, rows, strict=True)
+        ]  # fmt: skip
+    return Corpus("nlvr1", splits, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SNLI-VE
+
+ENTAILMENT = ("contradiction", "neutral", "entailment")  # classes 0, 1, 2, here and everywhere (as ALBEF and METER)
+
+
+def load_snli_ve(root: Path) -> Corpus:
+    """train, val (dev) and test: pictures of Flickr30k with hypotheses. The premise, a caption, is what the picture
+    replaces: it is never read."""
+    splits, notes, n_undecided = {}, [], 0
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
+        file = root / f"snli_ve_{name}.jsonl"
+        if not file.is_file():
+            raise UserError(f"snli_ve: {file} is missing; `python data.py where snli_ve` says where it comes from")
+        rows, told = [], []
+        for where, record in data.json_lines(file.read_text("utf-8"), file):
+            image_id, pair_id, gold, text = _fields(record, where, Flickr30K_ID=str, pairID=str, gold_label=str,
+                                                    sentence2=str)  # fmt: skip
+            if gold == "-":  # the annotators did not agree
+                n_undecided += 1
+                continue
+            if gold not in ENTAILMENT:
+                raise UserError(f"{where}: gold_label {gold!r} is not known; it is one of {', '.join(ENTAILMENT)}")
+            rows.append(Row(split, image_id, "", f"{image_id}.jpg", ()))
+            told.append((pair_id, data.caption_text(text, where), ENTAILMENT.index(gold)))
+        _distinct((pair_id for pair_id, *_ in told), f"{file}: pairID")
+        images = Folders("snli_ve", root, notes).resolve(rows)
+        splits[split] = [Example(pair_id, (row.image_id,), (image,), text, label)
+                         for (pair_id, text, label), row, image in zip(told, rows, images, strict=True)]  # fmt: skip
+    if n_undecided:
+        notes.append(f"snli_ve: {n_undecided} hypotheses without a gold label are left out.")
+    return Corpus("snli_ve", splits, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VCR
+
+# Persons are called by names that say nothing about them, the n-th object by name n modulo 13 (TDEN's list).
+NEUTRAL_NAMES = "Casey Riley Jessie Jackie Avery Jaime Peyton Kerry Jody Kendall Frankie Pat Quinn".split()
+
+
+def tagged_text(tokens: list, objects: Sequence[str], where: str = "") -> Tagged:
+    """VCR's tokens, each a word or a list of object numbers, as words with tags: [[0, 2], "talk"] -> Casey car talk."""
+    words, tags = [], []
+    for token in tokens:
+        if isinstance(token, str):
+            words.append(token), tags.append(-1)
+            continue
+        for i in token if isinstance(token, list) else [None]:
+            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(objects):
+                raise UserError(f"{where}: {token!r} names no object; the picture has {len(objects)}")
+            words.append(NEUTRAL_NAMES[i % len(NEUTRAL_NAMES)] if objects[i] == "person" else objects[i])
+            tags.append(i)
+    if not words:
+        raise UserError(f"{where}: a text is empty")
+    return Tagged(tuple(words), tuple(tags))
+
+
+def load_vcr(root: Path) -> Corpus:
+    """train, val, and server_test, whose labels are hidden. Boxes are read when a sample is made."""
+    splits, notes = {}, []
+    for split, name in (("train", "train"), ("val", "val"), ("server_test", "test")):
+        file = root / f"{name}.jsonl"
+        if not file.is_file():
+            if name == "test":
+                continue
+            raise UserError(f"vcr: {file} is missing; `python data.py where vcr` says where it comes from")
+        rows, told = [], []
+        for where, record in data.json_lines(file.read_text("utf-8"), file):
+            annot_id, img_id, img_fn, metadata_fn, objects, *texts = _fields(
+                record, where, annot_id=str, img_id=str, img_fn=str, metadata_fn=str, objects=list, question=list,
+                answer_choices=list, rationale_choices=list)  # fmt: skip
+            if not all(isinstance(kind, str) for kind in objects):
+                raise UserError(f"{where}: `objects` must be class names, but it is {str(objects)[:60]}")
+            data.below(root, metadata_fn, where)
+            question, *fours = tagged_text(texts[0], objects, f"{where}, question"), *texts[1:]
+            for kind, four in zip(("answer_choices", "rationale_choices"), fours, strict=True):
+                if len(four) != 4 or not all(isinstance(text, list) for text in four):
+                    raise UserError(f"{where}: `{kind}` must be four lists of tokens")
+            answers, rationales = (tuple(tagged_text(t, objects, where) for t in four) for four in fours)
+            labels = (None, None) if name == "test" else _fields(record, where, answer_label=int, rationale_label=int)
+            if not {*labels} <= {None, 0, 1, 2, 3}:
+                raise UserError(f"{where}: answer_label and rationale_label must be 0 to 3, not {labels}")
+            rows.append(Row(split, img_id, "vcr1images", data.below(root, img_fn, where), ()))
+            told.append((annot_id, question, answers, rationales, *labels, tuple(objects), metadata_fn))
+        _distinct((annot_id for annot_id, *_ in told), f"{file}: annot_id")
+        images = Folders("vcr", root, notes).resolve(rows)
+        splits[split] = [
+            Choice(annot_id, (row.image_id,), (image,), *texts, image.parents[row.filename.count(os.sep)] / metadata)
+            for (annot_id, *texts, metadata), row, image in zip(told, rows, images, strict=True)
+        ]
+    return Corpus("vcr", splits, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Region files. A source is called with (image id, picture) and gives `data.Regions` or raises BadImage; its
+# `of_objects(choice)` gives those of VCR's objects.
+
+
+class NpzRegions:
+    """One .npz a picture, named by its image id or else by its file (YehLi/xmodaler:tools/generate_npz.py).
+
+    Keys: features [n, D], boxes [n, 4], image_h, image_w, num_boxes and, for the class probabilities, cls_prob [n, C].
+    Objects lie in a second folder of the same name and "_boxes". `most`: only the first regions of each file.
+    """
+
+    def __init__(self, folder: Path | str, most: int | None = None, n_classes: int | None = None):
+        self.folder, self.most, self.n_classes = Path(folder), most, n_classes
+        if not self.folder.is_dir():
+            raise UserError(
+                f"no region files: {self.folder} is not there. Two ways on: `python tools/regions.py` extracts them, "
+                "and --regions grid does without a detector"
+            )
+
+    def __call__(self, image_id: int | str, image) -> Regions:
+        return self._read(self.folder, image_id, image)
+
+    def of_objects(self, item: Choice) -> Regions:
+        return self._read(self.folder.with_name(self.folder.name + "_boxes"), item.image_ids[0], item.images[0])
+
+    def _read(self, folder: Path, image_id, image) -> Regions:
+        files = [folder / f"{image_id}.npz", folder / f"{Path(str(image)).stem}.npz"]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise BadImage(files[0], "no such region file; `python tools/regions.py` writes those that are missing")
+        found = read_npz(file, self.n_classes)
+        return found.first(self.most) if self.most else found
+
+
+def read_npz(file: Path, n_classes: int | None = None) -> Regions:
+    """A checked .npz of regions. n_classes: how many class probabilities a region must have, where it has any."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {name: np.asarray(content[name]) for name in content.files}
+    except Exception as error:  # a damaged archive raises nearly everything
+        raise BadImage(file, f"cannot be read ({type(error).__name__}: {error}); extract this picture again") from None
+    missing = [name for name in ("features", "boxes", "image_h", "image_w") if name not in arrays]
+    if missing:
+        raise BadImage(file, f"no `{'`, `'.join(missing)}` in it, only {', '.join(sorted(arrays)) or 'nothing'}")
+    try:
+        width, height = (float(arrays[name].reshape(-1)[0]) for name in ("image_w", "image_h"))
+        features, boxes = (arrays[name].astype(np.float32) for name in ("features", "boxes"))
+        classes = arrays["cls_prob"].astype(np.float32) if "cls_prob" in arrays else None
+        said = int(arrays["num_boxes"].reshape(-1)[0]) if "num_boxes" in arrays else len(boxes)
+    except (ValueError, IndexError, TypeError) as error:
+        raise BadImage(file, f"not of the documented form ({error})") from None
+    if said != len(boxes):
+        raise BadImage(file, f"`num_boxes` is {said}, but there are {len(boxes)} boxes; extract this picture again")
+    return Regions(features, boxes, (width, height), classes).checked(file, n_classes)
+
+
+class TsvRegions:
+    """The .tsv files of peteanderson80/bottom-up-attention, looked into by an index of their lines, made once.
+
+    They have no class probabilities: a loss that needs them is off. Columns: image_id, image_w, image_h, num_boxes,
+    boxes, features, the last two float32 in base64.
+    """
+
+    n_classes = 0
+
+    def __init__(self, files: Sequence[Path | str], most: int | None = None):
+        self.files, self.most, self.places = [Path(file) for file in files], most, {}
+        for file in self.files:
+            with open(file, "rb") as lines:
+                start = 0
+                for line in lines:
+                    self.places[line.split(b"\t", 1)[0].decode("utf-8", "replace")] = file, start
+                    start += len(line)
+
+    def __call__(self, image_id: int | str, image) -> Regions:
+        key = next((key for key in (str(image_id), Path(str(image)).stem) if key in self.places), None)
+        if key is None:
+            raise BadImage(f"{self.files[0]}, image {image_id}", "not in this file; download all parts of the set")
+        file, start = self.places[key]
+        with open(file, "rb") as lines:
+            lines.seek(start)
+            cells = lines.readline().rstrip(b"\r\n").split(b"\t")
+        where = f"{file}, image {image_id}"
+        try:
+            width, height, n = map(int, cells[1:4])
+            boxes, features = (np.frombuffer(base64.b64decode(cell), dtype="<f4") for cell in cells[4:])
+            boxes, features = boxes.reshape(n, 4), features.reshape(n, len(features) // max(1, n))
+        except ValueError as error:
+            raise BadImage(where, f"not of the form image_id, w, h, num_boxes, boxes, features ({error})") from None
+        found = Regions(features.copy(), boxes.copy(), (width, height)).checked(where)
+        return found.first(self.most) if self.most else found
+
+    def of_objects(self, item: Choice) -> Regions:
+        raise UserError("regions of VCR's objects do not come as .tsv; write .npz files with tools/regions.py")
+
+
+class SceneRegions:
+    """What a detector would say of scenes: see scenes.regions."""
+
+    def __init__(self, size: int = 64):
+        self.size = size
+
+    def __call__(self, image_id: int | str, image) -> Regions:
+        import scenes
+
+        found = scenes.regions(image, self.size)
+        return Regions(found["features"], found["boxes"], (self.size, self.size), found["cls_prob"])
+
+    def of_objects(self, item: Choice) -> Regions:
+        return self(item.image_ids[0], item.images[0]).first(len(item.objects))

@@ -62,21 +62,90 @@ class Item:
     captions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Example:
+    """A picture, or a left and a right one, with a text that asks or says something about them.
+
+    What a question (VQA), a statement (NLVR2) and a hypothesis (SNLI-VE) have in common. Hidden labels are None or ().
+    """
+
+    example_id: int | str  # what result files call it
+    image_ids: tuple[int | str, ...]
+    images: tuple[Path | scenes.Scene, ...]
+    text: str
+    label: int | None = None  # NLVR2: 0 false, 1 true; SNLI-VE: 0 contradiction, 1 neutral, 2 entailment
+    answers: tuple[str, ...] = ()  # VQA: those of the ten annotators, as written
+    kinds: tuple[str, ...] = ()  # VQA: answer type (yes/no, number, other) and question type
+    group: str = ""  # NLVR2: the sentence of its set; consistent where all examples of it are answered right
+    others: tuple[tuple[Path, ...], ...] = ()  # NLVR: the same content drawn in other ways; training takes any
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A text with, for each word, the index of the object that it names, or -1."""
+
+    words: tuple[str, ...]
+    tags: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+    def __add__(self, other: Tagged) -> Tagged:
+        return Tagged(self.words + other.words, self.tags + other.tags)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question of VCR: four answers, then four rationales for the right answer. Labels are None where hidden."""
+
+    example_id: str
+    image_ids: tuple[int | str]
+    images: tuple[Path | scenes.Scene]
+    question: Tagged
+    answers: tuple[Tagged, ...]
+    rationales: tuple[Tagged, ...]
+    label: int | None
+    rationale_label: int | None
+    objects: tuple[str, ...]  # class names; tags and boxes go by this order
+    metadata: Path | None = None  # the JSON file with the boxes; None: the picture is a scene, which knows them
+
+    def asked(self, task: str, answer: int | None = None) -> tuple[Tagged, tuple[Tagged, ...], int | None]:
+        """(what stands before [SEP], the four that may follow, the right one's index) of task "qa" or "qar".
+
+        Rationales are given the right answer, or answer number `answer`, as a server that knows the labels wants it.
+        """
+        if task == "qa":
+            return self.question, self.answers, self.label
+        given = self.label if answer is None else answer
+        if given is None:
+            raise UserError(f"{self.example_id}: its right answer is hidden, so say which one the rationales are given")
+        return self.question + self.answers[given], self.rationales, self.rationale_label
+
+
 @dataclass
 class Corpus:
-    """Named splits (train, val, test, ...) of Items. `notes` are sentences that a run prints before it starts."""
+    """Named splits of Items, Examples or Choices: train, val, test..., and server..., whose labels only a server knows.
+
+    notes: sentences that a run prints before it starts. answers: VQA's answer vocabulary, by class index.
+    """
 
     name: str
-    splits: dict[str, Sequence[Item]]
+    splits: dict[str, Sequence[Item | Example | Choice]]
     notes: list[str] = field(default_factory=list)
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.splits = {split: items for split, items in self.splits.items() if len(items)}
-        if "test" not in self.splits and {"val", "train"} & set(self.splits):
+        if self.finally_evaluated()[:1] in (["val"], ["train"]):
             instead = "val, which also chooses `best`," if "val" in self.splits else "train"
-            self.notes.append(f"{self.name} has no test split: {instead} is evaluated instead.")
+            self.notes.append(f"{self.name} has no test split with labels: {instead} is evaluated instead.")
         if "val" not in self.splits:
             self.notes.append(f"{self.name} has no val split: `best` is `last`, and choices are made on train.")
+
+    def finally_evaluated(self) -> list[str]:
+        """The splits that a final evaluation scores: the test ones, else val, else train (a handful of pictures)."""
+        tests = [name for name in self.splits if name.startswith("test")]
+        return tests or [name for name in ("val", "train") if name in self.splits][:1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,12 +275,137 @@ def contact_sheet(path: Path | str, pictures: list, texts: list[list[str]], titl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Regions
+
+
+@dataclass
+class Regions:
+    """What a detector says about one picture; float32 throughout. Checked where it is made: BadImage."""
+
+    features: np.ndarray  # [n, D]
+    boxes: np.ndarray  # [n, 4] x1, y1, x2, y2 in pixels
+    size: tuple[float, float]  # width, height of the picture
+    classes: np.ndarray | None = None  # [n, C] probabilities, column 0 the background; None: the source has none
+
+    def locations(self) -> np.ndarray:
+        """[n, 5] x1 / W, y1 / H, x2 / W, y2 / H, area / (W H)."""
+        x1, y1, x2, y2 = (self.boxes / np.array([*self.size, *self.size], dtype=np.float32)).T
+        return np.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)], axis=1)
+
+    def first(self, n: int) -> Regions:
+        """The first n in the order of the file."""
+        classes = None if self.classes is None else self.classes[:n]
+        return Regions(self.features[:n], self.boxes[:n], self.size, classes)
+
+    def checked(self, where: Path | str, n_classes: int | None = None) -> Regions:
+        """Itself with boxes clipped to the picture, or BadImage that says what is wrong."""
+        n = len(self.boxes)
+        if not n:
+            raise BadImage(where, "it has no region; extract this picture again with a lower threshold")
+        arrays = {"features": self.features, "boxes": self.boxes}
+        arrays |= {"cls_prob": self.classes} if self.classes is not None else {}
+        for name, array in arrays.items():
+            if array.ndim != 2 or len(array) != n or not array.shape[1]:
+                raise BadImage(where, f"`{name}` has the shape {list(array.shape)}, not [{n} regions, numbers of each]")
+            if not np.isfinite(array).all():
+                raise BadImage(where, f"`{name}` holds a number that is not finite; extract this picture again")
+        if self.boxes.shape[1] != 4 or min(self.size) <= 0:
+            raise BadImage(where, f"boxes of {self.boxes.shape[1]} numbers in a picture of {self.size}")
+        if n_classes and self.classes is not None and self.classes.shape[1] != n_classes:
+            raise BadImage(where, f"{self.classes.shape[1]} class probabilities a region; {n_classes} are expected")
+        if self.classes is not None and ((self.classes < 0).any() or (self.classes.sum(1) > 1.01).any()):
+            raise BadImage(where, "`cls_prob` are no probabilities: below 0, or more than 1 together")
+        width, height = self.size
+        x1, y1, x2, y2 = self.boxes.T
+        if (x2 < x1).any() or (y2 < y1).any():
+            raise BadImage(where, "a box whose right or lower edge comes before the other; boxes are x1, y1, x2, y2")
+        if (np.minimum(x1, y1) < -1).any() or (x2 > width + 1).any() or (y2 > height + 1).any():
+            raise BadImage(where, f"a box reaches out of the picture of {width:g} x {height:g} by more than a pixel")
+        self.boxes = np.clip(self.boxes, 0, np.array([width, height] * 2, dtype=np.float32))
+        return self
+
+
+class GridRegions:
+    """A grid of crops in place of a detector: any picture has regions, but none has a class.
+
+    Each crop is resized to 16 x 16 and flattened: features [rows * rows, 768] in 0..1, like those of scenes.
+    """
+
+    n_classes = 0
+    CROP = 16
+
+    def __init__(self, rows: int = 4):
+        self.rows = rows
+
+    def __call__(self, image_id: int | str, image) -> Regions:
+        cells = [(x, y, x + 1, y + 1) for y in range(self.rows) for x in range(self.rows)]
+        picture = load_image(image, 256)
+        return self._crops(picture, np.array(cells, dtype=np.float32) / self.rows * [*picture.size, *picture.size])
+
+    def of_objects(self, item: Choice) -> Regions:
+        """Crops of the objects of a Choice, in their order."""
+        picture = load_image(item.images[0], 256)
+        return self._crops(picture, object_boxes(item, picture.size))
+
+    def _crops(self, picture: Image.Image, boxes: np.ndarray) -> Regions:
+        side = (self.CROP, self.CROP)
+        crops = [picture.resize(side, Image.Resampling.BILINEAR, box=tuple(map(float, box))) for box in boxes]
+        features = np.stack([np.asarray(crop, dtype=np.float32).reshape(-1) / 255 for crop in crops])
+        return Regions(features, boxes.astype(np.float32), picture.size)
+
+
+def object_boxes(item: Choice, size: tuple[int, int]) -> np.ndarray:
+    """float32 [objects, 4] of a Choice, from its metadata file, clipped to the picture of `size`. Raises BadImage."""
+    if item.metadata is None:
+        import scenes
+
+        return scenes.regions(item.images[0], size[0])["boxes"][: len(item.objects)]
+    try:
+        rows = json.loads(item.metadata.read_text("utf-8"))["boxes"]
+        boxes = np.array([row[:4] for row in rows], dtype=np.float32)  # the fifth is a confidence
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadImage(item.metadata, f"no boxes in it ({type(error).__name__}: {error})") from None
+    if boxes.shape != (len(item.objects), 4):
+        raise BadImage(item.metadata, f"boxes of the shape {list(boxes.shape)} for {len(item.objects)} objects")
+    return Regions(boxes, boxes, size).checked(item.metadata).boxes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Words
 
 
 def clean_caption(text: str) -> str:
     """What models read and write: lower case, single blanks, no full stop at the end."""
     return " ".join(text.lower().split()).rstrip(" .")
+
+
+_PUNCTUATION = set(";/[]\"{}()=+\\_-><@`,?!")
+_NUMBER_WORDS = "none zero one two three four five six seven eight nine ten".split()
+_NUMBER_WORDS = {word: str(max(0, i - 1)) for i, word in enumerate(_NUMBER_WORDS)}
+# OFFICIAL: 120 misspellings, which are the right forms less any one of their apostrophes, and three of another kind.
+# Those with capitals never match, being looked up in lower case.
+_CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+_CONTRACTIONS = {right[:i] + right[i + 1 :]: right for right in _CONTRACTIONS for i, c in enumerate(right) if c == "'"}
+_CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
+
+
+def normalise_answer(text: str) -> str:
+    """An answer as VQA's official evaluation compares it: without punctuation, full stops, capitals and articles, with
+    digits for number words and apostrophes in contractions. What consists of articles alone becomes the empty text."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    plain, has_thousands = text, re.search(r"\d,\d", text)
+    for mark in _PUNCTUATION & set(text):
+        is_loose = f" {mark}" in text or f"{mark} " in text  # beside a blank in the text as it was given
+        plain = plain.replace(mark, "" if is_loose or has_thousands else " ")
+    plain = re.sub(r"\.(?!\d)", "", plain, count=32)  # OFFICIAL: 32, a flag that stands where the count belongs
+    words = [_NUMBER_WORDS.get(word, word) for word in plain.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 class Tokenizer:
@@ -359,19 +553,18 @@ def _first(*ids: int | None) -> int | None:
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)  # leftmost, right-hand too
 
 
-class Pictures(Dataset):
-    """Items as samples. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders judge.
+class Samples(Dataset):
+    """What the samples of all tasks share: a picture or its regions, texts as token ids, one seed for all luck.
 
-    Training, key (epoch, index): {"image_id", "pixels": uint8 [3, S, S], "ids": `captions` lists of token ids without
-    special tokens, cut to `max_len`}. The captions are drawn without replacement; where an item has fewer, each comes
-    once before one comes twice. The same (seed, epoch, index) gives the same sample in every process.
-    Evaluation, key index: {"image_id", "pixels", "captions": tuple of strings as written}.
+    Training, key (epoch, index): augmented; the same (seed, epoch, index) gives the same sample in every process.
+    Evaluation, key index: as it is. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders
+    judge. Pictures are uint8 [3, S, S]; where `regions` is given (a source of them, see corpora.py) they are Regions.
     """
 
-    def __init__(self, items: Sequence[Item], tokenizer: Tokenizer | None, size: int, captions: int = 5,
-                 max_len: int | None = None, train: bool = False, augment: str = "none", seed: int = 0):
+    def __init__(self, items: Sequence, tokenizer: Tokenizer | None, size: int, max_len: int | None = None,
+                 train: bool = False, augment: str = "none", seed: int = 0, regions=None):
         self.items, self.tokenizer, self.size, self.train, self.seed = items, tokenizer, size, train, seed
-        self.n_captions, self.max_len, self.augment = captions, max_len, augment
+        self.max_len, self.augment, self.regions = max_len, augment, regions
 
     def __len__(self) -> int:
         return len(self.items)
@@ -380,22 +573,18 @@ class Pictures(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         item = self.items[index]
         try:
-            image = load_image(item.image, self.size)
+            return self.sample(item, random.Random(f"{self.seed}/{epoch}/{index}"))  # the same on every machine
         except BadImage as bad:
-            return {"image_id": item.image_id, "bad": str(bad)}
-        if not self.train:
-            return {"image_id": item.image_id, "pixels": to_pixels(image, self.size), "captions": item.captions}
-        if not item.captions:
-            raise UserError(f"image {item.image_id} has no caption to train on")
-        rng = random.Random(f"{self.seed}/{epoch}/{index}")  # a string is hashed the same on every machine
-        drawn: list[str] = []
-        while len(drawn) < self.n_captions:
-            drawn += rng.sample(item.captions, len(item.captions))
-        ids = [self.tokenizer.encode(clean_caption(text), self.max_len) for text in drawn[: self.n_captions]]
-        augment = self.augment
-        if augment == "crop+flip" and any(SIDES.search(text) for text in item.captions):
+            return {"image_id": ids_of(item)[0], "bad": str(bad)}
+
+    def see(self, image_id: int | str, image, said: Iterable[str], rng: random.Random) -> dict:
+        """{"regions": Regions} or {"pixels"}. A picture whose texts speak of left or right is not mirrored."""
+        if self.regions is not None:
+            return {"regions": self.regions(image_id, image)}
+        augment = self.augment if self.train else "none"
+        if augment == "crop+flip" and any(SIDES.search(text) for text in said):
             augment = "crop"  # mirrored, "left of" would be false
-        return {"image_id": item.image_id, "pixels": to_pixels(image, self.size, augment, rng), "ids": ids}
+        return {"pixels": to_pixels(load_image(image, self.size), self.size, augment, rng)}
 
     def __getitems__(self, keys: list) -> list[dict]:
         """One process' share of a batch. Where no picture of it can be read, one of the next in the file steps in.
@@ -416,16 +605,127 @@ class Pictures(Dataset):
         return samples
 
 
+class Pictures(Samples):
+    """Items as samples. Training: {"image_id", "pixels", "ids": `captions` lists of token ids without special tokens,
+    cut to `max_len`}. The captions are drawn without replacement; where an item has fewer, each comes once before one
+    comes twice. Evaluation: {"image_id", "pixels", "captions": tuple of strings as written}.
+    """
+
+    def __init__(self, items: Sequence[Item], tokenizer: Tokenizer | None, size: int, captions: int = 5, **more):
+        super().__init__(items, tokenizer, size, **more)
+        self.n_captions = captions
+
+    def sample(self, item: Item, rng: random.Random) -> dict:
+        if not self.train:
+            seen = self.see(item.image_id, item.image, item.captions, rng)
+            return {"image_id": item.image_id, **seen, "captions": item.captions}
+        if not item.captions:
+            raise UserError(f"image {item.image_id} has no caption to train on")
+        drawn: list[str] = []
+        while len(drawn) < self.n_captions:
+            drawn += rng.sample(item.captions, len(item.captions))
+        ids = [self.tokenizer.encode(clean_caption(text), self.max_len) for text in drawn[: self.n_captions]]
+        return {"image_id": item.image_id, **self.see(item.image_id, item.image, item.captions, rng), "ids": ids}
+
+
+class Examples(Samples):
+    """Examples as samples: {"example_id", "image_id", "pixels" or "regions", "texts", "label", "soft"}.
+
+    pixels: [3, S, S], of pairs [2, 3, S, S]. texts: one text, of one part: token ids cut to `max_len`. label: -100
+    where hidden. soft: (class, score) of each answer in the vocabulary `answers`, for VQA.
+    """
+
+    def __init__(self, items: Sequence[Example], *rest, answers: Sequence[str] = (), **more):
+        super().__init__(items, *rest, **more)
+        self.classes = {answer: number for number, answer in enumerate(answers)}
+
+    def sample(self, item: Example, rng: random.Random) -> dict:
+        images = rng.choice((item.images, *item.others)) if self.train else item.images
+        seen = [self.see(image_id, image, (item.text, *item.answers), rng)
+                for image_id, image in zip(item.image_ids, images, strict=True)]  # fmt: skip
+        if len(seen) > 1:
+            if self.regions is not None:
+                raise UserError("pairs of pictures are not read as regions; leave out --regions")
+            seen[0] = {"pixels": torch.stack([one["pixels"] for one in seen])}
+        ids = self.tokenizer.encode(clean_caption(item.text), self.max_len)
+        label = -100 if item.label is None else item.label
+        return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen[0], "texts": [[ids]],
+                "label": label, "soft": soft_scores(item.answers, self.classes)}  # fmt: skip
+
+
+class Choices(Samples):
+    """Choices as samples of task "qa" or "qar": {"example_id", "image_id", "pixels" or "regions" and "objects",
+    "texts", "tags", "label"}.
+
+    texts: four, each of two parts (what is asked, what may follow), together cut to `max_len`, the longer part first.
+    tags: of each token the object it names, or -1. objects: Regions of the objects, where `regions` is given; cropping
+    would move the boxes away from the picture, so there is no augmentation. `answer`: which answer the rationales are
+    given, None for the right one.
+    """
+
+    def __init__(self, items: Sequence[Choice], *rest, task: str = "qa", answer: int | None = None, **more):
+        super().__init__(items, *rest, **more)
+        self.task, self.answer, self.augment = task, answer, "none"
+
+    def sample(self, item: Choice, rng: random.Random) -> dict:
+        asked, choices, label = item.asked(self.task, self.answer)
+        rows = [_cut_pair(self._encode(asked), self._encode(choice), self.max_len) for choice in choices]
+        seen = self.see(item.image_ids[0], item.images[0], (), rng)
+        if self.regions is not None:
+            seen["objects"] = self.regions.of_objects(item)
+        return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen, "soft": [],
+                "texts": [[[i for i, _ in part] for part in row] for row in rows],
+                "tags": [[[tag for _, tag in part] for part in row] for row in rows],
+                "label": -100 if label is None else label}  # fmt: skip
+
+    def _encode(self, text: Tagged) -> list[tuple[int, int]]:
+        """(token id, tag) of each token; word by word, which gives the tokens of the whole text."""
+        words = enumerate(zip(text.words, text.tags, strict=True))
+        return [(i, tag) for n, (word, tag) in words for i in self.tokenizer.encode(" " * bool(n) + word.lower())]
+
+
+def _cut_pair(first: list, second: list, most: int | None) -> tuple[list, list]:
+    """Both shortened to `most` tokens together: the last token of the longer one goes, again and again."""
+    excess = max(0, len(first) + len(second) - most) if most else 0
+    longer = min(excess, max(0, len(first) - len(second)))  # what only the first has too much
+    rest = min(excess, max(0, len(second) - len(first)))
+    even = excess - longer - rest
+    return (first[: len(first) - longer - even // 2], second[: len(second) - rest - (even + 1) // 2])
+
+
+def ids_of(item: Item | Example | Choice) -> tuple[int | str, ...]:
+    """The ids of its pictures."""
+    return (item.image_id,) if isinstance(item, Item) else item.image_ids
+
+
+def files_of(item: Item | Example | Choice) -> tuple:
+    """Its pictures."""
+    return (item.image,) if isinstance(item, Item) else item.images
+
+
+# Of 0, 1, 2, 3, 4 or more annotators who agree. It is what VQA's accuracy gives an answer, each annotator left out in
+# turn (hengyuan-hu/bottom-up-attention-vqa:tools/compute_softscore.py).
+SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
+
+
+def soft_scores(answers: Sequence[str], classes: dict[str, int]) -> list[tuple[int, float]]:
+    """(class, score) of each distinct answer that is a class. The answers count as written: "Two" is not "2"."""
+    counts = Counter(answers)
+    return [(classes[text], SOFT_SCORES[min(n, 4)]) for text, n in counts.items() if text in classes]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def collate(samples: list[dict], bos: int, eos: int, pad: int) -> dict:
-    """Samples of `Pictures` -> one batch of the B readable ones.
+def collate(samples: list[dict], bos: int, eos: int, pad: int, n_classes: int = 0) -> dict:
+    """Samples -> one batch of the B readable ones. {"error": message} alone is handed on.
 
-    image_id: list of B; pixels: uint8 [B, 3, S, S]; bad: messages about the unreadable ones. In training what
-    pad_captions gives, k rows an image, image-major: row b*k + j is caption j of image b. In evaluation captions:
-    a list of B tuples of strings. {"error": message} alone is handed on.
+    Always: image_id, a list of B; bad: messages about the unreadable ones; pixels, uint8 [B, 3, S, S] or, of pairs,
+    [B, 2, 3, S, S], or what pad_regions gives. Pictures in training: what pad_captions gives, k rows an image,
+    image-major: row b*k + j is caption j of image b; in evaluation captions: a list of B tuples of strings.
+    Examples and Choices: example_id, a list of B; labels int64 [B], -100 where hidden; what pad_texts gives, four rows
+    a Choice, and their tags int64 [4 B, T]; for VQA the soft scores as targets float32 [B, n_classes].
     """
     if "error" in samples[0]:
         return samples[0]
@@ -433,10 +733,63 @@ def collate(samples: list[dict], bos: int, eos: int, pad: int) -> dict:
     batch = {"image_id": [sample["image_id"] for sample in good], "bad": [s["bad"] for s in samples if "bad" in s]}
     if not good:
         return batch
-    batch["pixels"] = torch.stack([sample["pixels"] for sample in good])
-    if "captions" in good[0]:
+    first = good[0]
+    if "pixels" in first:
+        batch["pixels"] = torch.stack([sample["pixels"] for sample in good])
+    for name in {"regions", "objects"} & first.keys():
+        batch |= pad_regions([sample[name] for sample in good], name)
+    if "captions" in first:
         return batch | {"captions": [sample["captions"] for sample in good]}
-    return batch | pad_captions([row for sample in good for row in sample["ids"]], bos, eos, pad)
+    if "ids" in first:
+        return batch | pad_captions([row for sample in good for row in sample["ids"]], bos, eos, pad)
+    batch |= {"example_id": [s["example_id"] for s in good], "labels": torch.tensor([s["label"] for s in good])}
+    batch |= pad_texts([row for s in good for row in s["texts"]], bos, eos, pad)
+    if "tags" in first:
+        batch["tags"] = pad_texts([row for s in good for row in s["tags"]], -1, -1, -1)["ids"]
+    if n_classes:
+        batch["targets"] = torch.zeros(len(good), n_classes)
+        for row, sample in zip(batch["targets"], good, strict=True):
+            for number, score in sample["soft"]:
+                row[number] = score
+    return batch
+
+
+def pad_texts(rows: list[list[list[int]]], bos: int, eos: int, pad: int) -> dict[str, torch.Tensor]:
+    """Texts of one or two parts as token ids without special tokens -> tensors [len(rows), T], T = the longest.
+
+    ids int64: bos part eos [part eos], padded on the right; segments int64: 0, of the second part and its eos 1;
+    keep_mask bool: True = real.
+    """
+    flat = [[bos, *(i for part in row for i in (*part, eos))] for row in rows]
+    second = [[0] * (len(row[0]) + 2) + [1] * (len(row[1]) + 1 if len(row) > 1 else 0) for row in rows]
+    length = max(map(len, flat))
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in flat])
+    segments = torch.tensor([row + [0] * (length - len(row)) for row in second])
+    keep_mask = torch.arange(length) < torch.tensor([len(row) for row in flat])[:, None]
+    return {"ids": ids, "segments": segments, "keep_mask": keep_mask}
+
+
+def pad_regions(rows: list[Regions], name: str = "regions") -> dict[str, torch.Tensor]:
+    """Regions of B pictures -> tensors padded with 0 to the most regions N, each under `name` and its ending.
+
+    regions float32 [B, N, D]; regions_locations [B, N, 5]; regions_boxes [B, N, 4] in pixels; regions_classes
+    [B, N, C], where all of them have class probabilities; regions_keep_mask bool [B, N], True = real.
+    """
+    def pad(arrays):
+        padded = np.zeros((len(arrays), max(map(len, arrays)), arrays[0].shape[1]), dtype=np.float32)
+        for target, array in zip(padded, arrays, strict=True):
+            target[: len(array)] = array
+        return torch.from_numpy(padded)
+
+    widths = {row.features.shape[1] for row in rows}
+    if len(widths) > 1:
+        raise UserError(f"region features of {' and '.join(map(str, sorted(widths)))} numbers: one detector for all")
+    batch = {name: pad([row.features for row in rows]), f"{name}_boxes": pad([row.boxes for row in rows])}
+    batch[f"{name}_locations"] = pad([row.locations() for row in rows])
+    if all(row.classes is not None for row in rows):
+        batch[f"{name}_classes"] = pad([row.classes for row in rows])
+    lengths = torch.tensor([len(row.boxes) for row in rows])
+    return batch | {f"{name}_keep_mask": torch.arange(int(lengths.max())) < lengths[:, None]}
 
 
 def pad_captions(rows: list[list[int]], bos: int, eos: int, pad: int) -> dict[str, torch.Tensor]:
@@ -550,7 +903,7 @@ class Loader:
                 )
 
 
-def train_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
+def train_loader(dataset: Samples, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
                  start_step: int = 0, steps: int | None = None, pin: bool = False) -> Loader:
     """Training batches of one process; `batch_images` counts the images of all processes. See TrainBatches."""
     batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps)
@@ -558,19 +911,19 @@ def train_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: i
     return Loader(loader, len(dataset), train=True, rank=rank, world=world)
 
 
-def eval_loader(dataset: Pictures, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1) -> Loader:
+def eval_loader(dataset: Samples, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1) -> Loader:
     """Every `world`-th sample in order, in batches of `batch_images` for this process, the last one shorter."""
     indices = eval_indices(len(dataset), rank, world)
     return Loader(_data_loader(dataset, workers, sampler=indices, batch_size=batch_images), len(dataset), train=False)
 
 
-def _data_loader(dataset: Pictures, workers: int, **how) -> DataLoader:
+def _data_loader(dataset: Samples, workers: int, **how) -> DataLoader:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns in every forked worker
     ids = {k: getattr(dataset.tokenizer, k, 0) for k in ("bos", "eos", "pad")}  # pictures alone need no tokenizer
     loader = DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=partial(collate, **ids),
+        collate_fn=partial(collate, **ids, n_classes=len(getattr(dataset, "classes", ()))),
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each start would move the global generator, and a resumed run with it
@@ -704,17 +1057,21 @@ def caption_text(caption: object, where: str) -> str:
     return text
 
 
-def _read_jsonl(text: str, source: Path):
+def json_lines(text: str, source: Path):
+    """(where, value) of each line of a .jsonl file that is not blank."""
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028 inside a caption
-        if not line.strip():
-            continue
-        where = f"{source}:{number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); every line is one object") from None
+        if line.strip():
+            where = f"{source}:{number}"
+            try:
+                yield where, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{where}: not JSON ({error}); every line is one object") from None
+
+
+def _read_jsonl(text: str, source: Path):
+    for where, row in json_lines(text, source):
         if not isinstance(row, dict) or "image" not in row or not ("caption" in row or "captions" in row):
-            raise UserError(f'{where}: a line must be {{"image": "a.jpg", "caption": "..."}}, not {line.strip()[:80]}')
+            raise UserError(f'{where}: a line must be {{"image": "a.jpg", "caption": "..."}}, not {str(row)[:80]}')
         captions = row.get("captions", [])
         if not isinstance(captions, list) or not (captions or "caption" in row):
             raise UserError(f"{where}: `captions` must be a list of texts that is not empty, not {captions!r}")

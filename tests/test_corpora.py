@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import corpora
 import scenes
 from common import UserError
 from corpora import load
@@ -320,7 +319,3 @@ def test_real_flickr8k(extra):
     assert {split: len(items) for split, items in corpus.splits.items()} == {"train": 3000, "val": 500, "test": 1000}
     assert corpus.notes == [] and all(len(item.captions) == 5 for item in corpus.splits["train"])
     assert load_image(corpus.splits["test"][-1].image, 0).size == (224, 224)
-
-
-def test_names_are_those_of_the_help():
-    assert corpora.NAMES == ("scenes", "coco", "flickr30k", "flickr8k")

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from papers import ROOT
 
 import common
 import eval as scoring
 from common import UserError
-from papers import ROOT
 
 N = 7  # images: odd, so that shares differ
 
