@@ -197,12 +197,24 @@ def _load_captions(name: str, root: Path) -> Corpus:
     return Corpus(name, splits, notes)
 
 
-def _read_json(file: Path, *lists: str) -> list[list]:
-    """The lists of these names at the top of an official file."""
+def _load_json(file: Path):
     try:
-        content = json.loads(file.read_text("utf-8-sig"))
+        return json.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); download it again") from None
+
+
+def _json_lines(file: Path):
+    """(where, value) of each line."""
+    try:
+        return data.json_lines(file.read_text("utf-8-sig"), file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as lines of JSON ({error}); download it again") from None
+
+
+def _read_json(file: Path, *lists: str) -> list[list]:
+    """The lists of these names at the top of an official file."""
+    content = _load_json(file)
     for name in lists:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise UserError(f"{file} has no list `{name}`; a file of the official form has one at its top")
@@ -218,6 +230,8 @@ def _fields(record, where: str, **types: type) -> list:
         if name not in record or not isinstance(value, kind) or isinstance(value, bool):
             found = f"it is {str(value)[:60]!r}" if name in record else "it is missing"
             raise UserError(f"{where}: `{name}` must be {KINDS[kind]}, but {found}; is the file of the official form?")
+        if kind is str and data.HALVES.search(value):
+            raise UserError(f"{where}: `{name}` holds half a Unicode character: {value!r}; write it anew")
     return [record[name] for name in types]
 
 
@@ -248,6 +262,8 @@ def _read_karpathy(file: Path) -> list[Row]:
             raise UserError(f"{where}: {filename} has no caption")
         captions = tuple(data.caption_text(text, f"{where} ({filename})") for text in raw)
         image_id = record.get("cocoid", record.get("imgid", number))
+        if not isinstance(image_id, int | str):
+            raise UserError(f"{where}: the id of an image must be a number or a text, not {str(image_id)[:60]}")
         rows.append(Row(names[split], image_id, str(record.get("filepath") or ""), filename, captions))
     return rows
 
@@ -280,9 +296,8 @@ def _read_coco_form(file: Path, has_captions: bool = True):
     captions: dict = {}
     for number, record in enumerate(annotations[0] if annotations else []):
         where = f"{file}, annotations[{number}]"
-        if not isinstance(record, dict) or "image_id" not in record:
-            raise UserError(f"{where}: no `image_id` in it")
-        captions.setdefault(record["image_id"], []).append(data.caption_text(record.get("caption"), where))
+        (image_id,) = _fields(record, where, image_id=int)
+        captions.setdefault(image_id, []).append(data.caption_text(record.get("caption"), where))
     for number, record in enumerate(images):
         _fields(record, f"{file}, images[{number}]", id=int, file_name=str)
         yield record, captions.pop(record["id"], [])
@@ -311,7 +326,10 @@ class Folders:
         chosen, lost = {}, []
         for key, members in groups.items():
             probes = [tried[n] for n in members[:: max(1, len(members) // self.N_PROBES)][: self.N_PROBES]]
-            hits = [sum((self.root / file).is_file() for file in column) for column in zip(*probes, strict=True)]
+            for files in (probes, (tried[n] for n in members)):  # all of them only where none of a few is there
+                hits = [sum((self.root / file).is_file() for file in column) for column in zip(*files, strict=True)]
+                if max(hits):
+                    break
             chosen[key] = hits.index(max(hits))
             if not max(hits):
                 folders = ", ".join(str((self.root / file).parent) for file in dict.fromkeys(probes[0]))
@@ -365,8 +383,8 @@ def load_nocaps(root: Path) -> Corpus:
         for (record, _), row, image in zip(found, rows, Folders("nocaps", root, notes).resolve(rows), strict=True):
             item = Item(row.image_id, image, row.captions)
             splits.setdefault("test" if kind == "val" else "server_test", []).append(item)
-            if kind == "val" and record.get("domain"):
-                name = f"test_{record['domain']}".replace("-", "_")
+            if kind == "val" and "domain" in record:
+                name = f"test_{_fields(record, str(file), domain=str)[0]}".replace("-", "_")
                 splits.setdefault(name, []).append(item)
     return Corpus("nocaps", splits, notes)
 
@@ -385,7 +403,7 @@ def answer_vocabulary(examples: Sequence[Example], answers: Sequence[str] | None
     """
     if answers is None:
         answers = [Counter(example.answers).most_common(1)[0][0] for example in examples]
-    counts = Counter(data.normalise_answer(answer).replace(",", "") for answer in answers)
+    counts = Counter(map(data.normalise_answer, answers))
     found = tuple(answer for answer, count in counts.items() if count >= SEEN_AT_LEAST)
     if not found:
         raise UserError(f"no answer is given {SEEN_AT_LEAST} times in {len(answers)} questions: there are no classes")
@@ -439,6 +457,7 @@ def _read_vqa(questions: Path, annotations: Path | None, folder: str) -> tuple[l
     for number, record in enumerate(_read_json(questions, "questions")[0]):
         where = f"{questions}, questions[{number}]"
         asked.append(_fields(record, where, question_id=int, image_id=int, question=str))
+        data.caption_text(asked[-1][2], where)
     _distinct((question_id for question_id, *_ in asked), f"{questions}: question_id")
     told, frequent = {}, []
     for number, record in enumerate(_read_json(annotations, "annotations")[0] if annotations else []):
@@ -474,18 +493,21 @@ def _visual_genome_questions(root: Path, vocabulary: tuple[str, ...], held_out: 
     for file in files:
         if not file.is_file():
             raise UserError(f"vqa: {file} is missing; put Visual Genome's files there, or --train-on train+val")
-    images, asked = (json.loads(file.read_text("utf-8")) for file in files)
-    coco = {record.get("image_id", record.get("id")): record.get("coco_id") for record in images}
+    images, asked = map(_load_json, files)
+    coco = {_fields(record, f"{files[0]}[{number}]", image_id=int)[0]: record.get("coco_id")
+            for number, record in enumerate(images)}  # fmt: skip
     folders = [place / name for name in ("images/VG_100K", "images/VG_100K_2", "VG_100K", "VG_100K_2")]
-    present = {int(file.stem): file for folder in folders for file in folder.glob("*.jpg")}
+    present = {file.stem: file for folder in folders for file in folder.glob("*.jpg")}
     known, found, left_out = set(vocabulary), [], 0
-    for record in asked:
-        for row in record["qas"]:
-            text, image_id = data.normalise_answer(row["answer"]).replace(",", ""), row["image_id"]
+    for number, record in enumerate(asked):
+        for row in _fields(record, f"{files[1]}[{number}]", qas=list)[0]:
+            number_of, image_id, question, answer = _fields(row, f"{files[1]}[{number}], qas", qa_id=int, image_id=int,
+                                                            question=str, answer=str)  # fmt: skip
+            text = data.normalise_answer(answer)
             if coco.get(image_id) in held_out:
                 left_out += 1
-            elif text in known and image_id in present:
-                found.append(Example(f"vg-{row['qa_id']}", (f"vg-{image_id}",), (present[image_id],), row["question"],
+            elif text in known and str(image_id) in present:
+                found.append(Example(f"vg-{number_of}", (f"vg-{image_id}",), (present[str(image_id)],), question,
                                      answers=(text,) * 10, kinds=("other", "vg")))  # fmt: skip
     notes.append(f"vqa: {len(found):,} questions of Visual Genome are in train, {left_out:,} about pictures of val "
                  "are left out.")  # fmt: skip
@@ -509,7 +531,7 @@ def load_nlvr2(root: Path) -> Corpus:
             notes.append(f"nlvr2: no data/{names[split]}.json, so there is no {split} split.")
             continue
         rows, told = [], []
-        for where, record in data.json_lines(file.read_text("utf-8"), file):
+        for where, record in _json_lines(file):
             identifier, sentence, label = _fields(record, where, identifier=str, sentence=str, label=str)
             parts = identifier.split("-")
             if len(parts) != 4:
@@ -517,6 +539,7 @@ def load_nlvr2(root: Path) -> Corpus:
             folder = f"{_fields(record, where, directory=int)[0]}/" if split == "train" else ""
             for picture in [f"{'-'.join(parts[:3])}-img{side}" for side in (0, 1)]:
                 rows.append(Row(split, picture, names[split], f"{folder}{picture}.png", ()))
+            data.caption_text(sentence, where)
             told.append((identifier, sentence, _truth(label, where), f"{parts[0]}-{parts[1]}-{parts[3]}"))
         _distinct((identifier for identifier, *_ in told), f"{file}: identifier")
         images = Folders("nlvr2", root, notes).resolve(rows)
@@ -543,7 +566,7 @@ def load_nlvr1(root: Path) -> Corpus:
         file, rows, told = root / f"{split}.jsonl", [], []
         if not file.is_file():
             raise UserError(f"nlvr1: {file} is missing; pass --root")
-        for where, record in data.json_lines(file.read_text("utf-8"), file):
+        for where, record in _json_lines(file):
             identifier, sentence, label, images = _fields(record, where, identifier=str, sentence=str, label=str,
                                                           images=list)  # fmt: skip
             if not images:
@@ -576,7 +599,7 @@ def load_snli_ve(root: Path) -> Corpus:
         if not file.is_file():
             raise UserError(f"snli_ve: {file} is missing; `python data.py where snli_ve` says where it comes from")
         rows, told = [], []
-        for where, record in data.json_lines(file.read_text("utf-8"), file):
+        for where, record in _json_lines(file):
             image_id, pair_id, gold, text = _fields(record, where, Flickr30K_ID=str, pairID=str, gold_label=str,
                                                     sentence2=str)  # fmt: skip
             if gold == "-":  # the annotators did not agree
@@ -629,7 +652,7 @@ def load_vcr(root: Path) -> Corpus:
                 continue
             raise UserError(f"vcr: {file} is missing; `python data.py where vcr` says where it comes from")
         rows, told = [], []
-        for where, record in data.json_lines(file.read_text("utf-8"), file):
+        for where, record in _json_lines(file):
             annot_id, img_id, img_fn, metadata_fn, objects, *texts = _fields(
                 record, where, annot_id=str, img_id=str, img_fn=str, metadata_fn=str, objects=list, question=list,
                 answer_choices=list, rationale_choices=list)  # fmt: skip
@@ -682,7 +705,9 @@ class NpzRegions:
         return self._read(self.folder.with_name(self.folder.name + "_boxes"), item.image_ids[0], item.images[0])
 
     def _read(self, folder: Path, image_id, image) -> Regions:
-        files = [folder / f"{image_id}.npz", folder / f"{Path(str(image)).stem}.npz"]
+        files = [folder / f"{image_id}.npz"]
+        if "/" not in str(image_id):  # own pictures of two sub-folders may share a name
+            files.append(folder / f"{Path(str(image)).stem}.npz")
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise BadImage(files[0], "no such region file; `python tools/regions.py` writes those that are missing")

@@ -6,17 +6,17 @@
 
     python data.py check my_photos.jsonl        what the loader sees: counts, broken files, duplicates, caption lengths
     python data.py check coco --root data/coco  any name that corpora.load takes
+    python data.py where                        the official data sets: pages, terms, layouts
 
 Pixels stay uint8 until they are on the device (a quarter of the traffic); each model scales them its own way.
 Everything random is drawn from (seed, epoch, index), never from a worker's own generator, so the number of workers and
 the point at which a run was resumed change nothing.
 
-Reading map: items | pictures | words | samples | batches | order | loaders | own data | the check.
+Reading map: items | pictures | words | samples | batches | order | loaders | own data.
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import csv
 import hashlib
@@ -27,13 +27,10 @@ import os
 import random
 import re
 import signal
-import statistics
 import sys
-import textwrap
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -142,10 +139,21 @@ class Corpus:
         if "val" not in self.splits:
             self.notes.append(f"{self.name} has no val split: `best` is `last`, and choices are made on train.")
 
+    def of(self, kind: type, wanted: str) -> Corpus:
+        """Itself, where its samples are of this kind; else UserError, which says what is wanted instead."""
+        found = next(iter(self.splits.values()), None)
+        if found is not None and not isinstance(found[0], kind):
+            raise UserError(f"{self.name} has no {wanted}: choose another --data or another --task")
+        return self
+
     def finally_evaluated(self) -> list[str]:
         """The splits that a final evaluation scores: the test ones, else val, else train (a handful of pictures)."""
         tests = [name for name in self.splits if name.startswith("test")]
         return tests or [name for name in ("val", "train") if name in self.splits][:1]
+
+    def hidden(self) -> list[str]:
+        """The splits of which only a result file can be written."""
+        return [name for name in self.splits if name.startswith("server")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,32 +256,6 @@ def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, 
     return None
 
 
-def contact_sheet(path: Path | str, pictures: list, texts: list[list[str]], title="", columns=4, side=200) -> None:
-    """Write a grid of PIL pictures, at most `side` pixels wide and high, their sentences wrapped underneath."""
-    from PIL import ImageDraw, ImageFont
-
-    wrapped = [[textwrap.wrap(sentence, side // 7) or [""] for sentence in sentences] for sentences in texts]
-    gap, line, paper, ink = 28, 18, (250, 249, 246), (52, 54, 60)
-    fitted = [[max(1, round(length * side / max(p.size))) for length in p.size] for p in pictures]
-    pictures = [p.convert("RGB").resize(s, Image.Resampling.LANCZOS) for p, s in zip(pictures, fitted, strict=True)]
-    head, high = 72 if title else gap, max(picture.height for picture in pictures)
-    tall = high + gap + 8 + max(sum(4 + line * len(lines) for lines in text) for text in wrapped)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, head + tall * -(-len(pictures) // columns)), paper)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((gap, 26), title, fill=ink, font=ImageFont.load_default(20))
-    for i, (picture, sentences) in enumerate(zip(pictures, wrapped, strict=True)):
-        x, y = gap + i % columns * (side + gap), head + i // columns * tall
-        corners = Image.new("L", (4 * picture.width, 4 * picture.height))
-        ImageDraw.Draw(corners).rounded_rectangle((0, 0, corners.width - 1, corners.height - 1), radius=40, fill=255)
-        sheet.paste(picture, (x, y), corners.reduce(4))
-        y += high + 12
-        for lines in sentences:
-            draw.ellipse((x + 2, y + 6, x + 6, y + 10), fill=(186, 180, 168))
-            draw.multiline_text((x + 13, y), "\n".join(lines), fill=ink, font=font, spacing=line - 13)
-            y += line * len(lines) + 4
-    sheet.save(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Regions
 
@@ -363,10 +345,11 @@ def object_boxes(item: Choice, size: tuple[int, int]) -> np.ndarray:
     try:
         rows = json.loads(item.metadata.read_text("utf-8"))["boxes"]
         boxes = np.array([row[:4] for row in rows], dtype=np.float32)  # the fifth is a confidence
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BadImage(item.metadata, f"no boxes in it ({type(error).__name__}: {error})") from None
     if boxes.shape != (len(item.objects), 4):
         raise BadImage(item.metadata, f"boxes of the shape {list(boxes.shape)} for {len(item.objects)} objects")
+    boxes = np.clip(boxes, 0, np.array([*size, *size], dtype=np.float32))  # people who stand half in the picture
     return Regions(boxes, boxes, size).checked(item.metadata).boxes
 
 
@@ -1111,82 +1094,7 @@ def _read_captions_txt(text: str, source: Path):
         yield where, image, [caption], None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The check
-
-
-def check(corpus: Corpus) -> bool:
-    """Prints what the loader sees of every split; True where every picture can be read. Reads all of them."""
-    print(f"{corpus.name}: {', '.join(f'{len(items)} {split}' for split, items in corpus.splits.items())}")
-    for note in corpus.notes:
-        print(f"  note: {note}")
-    unreadable, same = [], defaultdict(list)  # same: digest of the bytes -> (split, name)
-    for split, items in corpus.splits.items():
-        items = list(items)  # scenes make an Item at each access
-        words = [len(text.split()) for item in items for text in item.captions]
-        print(f"\n{split}: {len(items)} images, {len(words)} captions")
-        print(f"  captions per image  {_spread([len(item.captions) for item in items])}")
-        print(f"  words per caption   {_spread(words)}")
-        counts = Counter(min((n - 1) // 5, 6) for n in words)
-        for bucket in range(max(counts, default=-1) + 1):
-            share = counts[bucket] / len(words)
-            label = f"{5 * bucket + 1}-{5 * bucket + 5}" if bucket < 6 else "over 30"
-            print(f"    {label:>7}  {share:6.1%}  {'#' * math.ceil(40 * share)}".rstrip())
-        files = [item.image for item in items if isinstance(item.image, Path)]
-        if len(files) < len(items):
-            print("  pictures            drawn when needed, not checked here")
-        sizes = []
-        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it decodes
-            for file, (digest, size, bad) in zip(files, pool.map(_inspect, files), strict=True):
-                sizes += [size] if size else []
-                unreadable += [bad] if bad else []
-                if digest:
-                    same[digest].append((split, str(file)))
-        if sizes:
-            sizes.sort(key=math.prod)
-            low, middle, high = (f"{w}x{h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
-            print(f"  picture sizes       smallest {low}, median {middle}, largest {high}")
-    groups = [group for group in same.values() if len(group) > 1]
-    across = [group for group in groups if len({split for split, _ in group}) > 1]
-    print(f"\nduplicates: {len(groups)} groups of identical files, {len(across)} of them across splits")
-    for group in across[:10]:
-        print("  " + " = ".join(f"{file} ({split})" for split, file in group))
-    print(f"unreadable: {len(unreadable)}")
-    for message in unreadable[:10]:
-        print(f"  {message}")
-    return not unreadable
-
-
-def _spread(numbers: list[int]) -> str:
-    return f"min {min(numbers)}, mean {statistics.fmean(numbers):.1f}, max {max(numbers)}" if numbers else "none"
-
-
-def _inspect(file: Path) -> tuple[bytes | None, tuple[int, int] | None, str | None]:
-    """(digest of the bytes, width and height, what is wrong): each None where it does not apply."""
-    try:
-        size = load_image(file, 0).size
-        return hashlib.sha256(file.read_bytes()).digest(), size, None
-    except BadImage as bad:
-        return None, None, str(bad)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data.py", description="Looks at a data set as the loader sees it.",
-                                     epilog="Exit status 1: a picture cannot be read, or a file is missing or wrong.")
-    parser.add_argument("action", choices=["check"])
-    parser.add_argument("data", help='x.jsonl with lines {"image": "a.jpg", "caption": "..."}, x.csv with the header '
-                        "image,caption[,split], a folder with captions.txt (file<TAB>caption), or the name of a data "
-                        "set: scenes, coco, flickr30k, flickr8k")
-    parser.add_argument("--root", help="the folder of a named data set (default: data/NAME)")
-    options = parser.parse_args(argv)
-    import corpora
-
-    try:
-        return 0 if check(corpora.load(options.data, options.root)) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
+    from tools.look_at_data import main
+
     sys.exit(main())

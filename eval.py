@@ -5,13 +5,14 @@
     ROUGE-L            rouge_l
     CIDEr-D            CiderD: corpus scores, pairs of image and caption, one caption against every image
     rewards            CiderReward, advantage: what self-critical training maximises
-    captions           caption_metrics: the above from raw strings; official_caption_metrics: by the official programs
-    result files       write_caption_results, in the form of COCO and NoCaps (tools/score.py reads them)
-    truth on scenes    truth_metrics, verdict: which captions are true, and of how many scenes
+    captions           caption_metrics: the above from raw strings (by the official programs: tools/official.py)
+    questions          vqa_accuracy, class_accuracy (SNLI-VE), nlvr2_metrics, vcr_metrics
+    retrieval          recalls: both directions, one gallery or the mean over folds
     controls           shuffled, best_constant_caption
     decoding           beam_search, greedy, sample, over any object with `step` and `reorder`
     evaluators         caption_split: decode a split, exactly once per image, on any number of processes;
-                       evaluate_captions: every test split with its controls; evaluate_runs: --eval-only
+                       predict_split: score one; score_gallery: pictures against texts; evaluate_captions, _examples,
+                       _retrieval: every test split with its controls, result files and a contact sheet
 
 BLEU, ROUGE-L and CIDEr-D re-state the definitions of coco-caption (pycocoevalcap) and agree with it to 1e-6 on equal
 tokens; the class `Cider` there is CIDEr-D. All values are fractions but CIDEr-D, where 1.0 is what papers print as 100.
@@ -20,14 +21,9 @@ Throughout, `hyps` holds one caption per image id and `refs` several; tokens may
 
 import dataclasses
 import math
-import os
 import random
 import re
-import shutil
-import sys
 from collections import Counter
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,16 +67,16 @@ def tokenize_caption(text):
 # BLEU
 
 
-def _same_images(hyps, refs):
+def same_ids(hyps, refs, hyp="caption", ref="reference", of="image"):
     """The ids, in the references' order: sums do not depend on the order in which processes delivered captions."""
     missing, extra = [i for i in refs if i not in hyps], [i for i in hyps if i not in refs]
     if missing or extra:
         raise UserError(
-            f"captions and references must be of the same images: {len(missing)} of {len(refs)} images lack a caption "
-            f"(first {missing[:3]}), {len(extra)} captions are of other images (first {extra[:3]})"
+            f"{hyp}s and {ref}s must be of the same {of}s: {len(missing)} of {len(refs)} {of}s lack a {hyp} "
+            f"(first {missing[:3]}), {len(extra)} {hyp}s are of other {of}s (first {extra[:3]})"
         )
     if not refs:
-        raise UserError("there are no captions to score: the split is empty")
+        raise UserError(f"there are no {hyp}s to score: the split is empty")
     return list(refs)
 
 
@@ -111,12 +107,12 @@ def _bleu_values(counts):
 
 def bleu(hyps, refs):
     """Corpus BLEU_1..BLEU_4 of tokenized captions: counts are summed over images before anything is divided."""
-    return _bleu_values(sum(_bleu_counts(hyps[i], refs[i]) for i in _same_images(hyps, refs)))
+    return _bleu_values(sum(_bleu_counts(hyps[i], refs[i]) for i in same_ids(hyps, refs)))
 
 
 def bleu_per_image(hyps, refs):
     """id -> BLEU_1..BLEU_4 of that image alone. Their mean is not the corpus value."""
-    return {i: _bleu_values(_bleu_counts(hyps[i], refs[i])) for i in _same_images(hyps, refs)}
+    return {i: _bleu_values(_bleu_counts(hyps[i], refs[i])) for i in same_ids(hyps, refs)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ def rouge_l(hyps, refs, beta=1.2):
     """(mean over images, dict id -> ROUGE-L). Precision and recall take their maxima over references separately, as
     coco-caption does; beta 1.2 is its constant."""
     values = {}
-    for i in _same_images(hyps, refs):
+    for i in same_ids(hyps, refs):
         hyp = hyps[i]
         shared = [(_lcs(hyp, ref), len(ref)) for ref in refs[i]]
         p = max(length for length, _ in shared) / max(1, len(hyp))
@@ -383,138 +379,147 @@ def caption_metrics(hyps, refs):
     """BLEU_1..4, ROUGE_L, CIDEr_D from raw strings, by this file's tokenizer and with document frequencies from `refs`.
 
     hyps: dict id -> caption; refs: dict id -> captions of the same images. Returns fractions (CIDEr_D: 1.0 = "100")."""
-    ids = _same_images(hyps, refs)
+    ids = same_ids(hyps, refs)
     hyps = {i: tokenize_caption(hyps[i]) for i in ids}
     refs = {i: [tokenize_caption(ref) for ref in refs[i]] for i in ids}
     cider = CiderD(refs).score(hyps)[0]  # first, because it names images without references
     return {**bleu(hyps, refs), "ROUGE_L": rouge_l(hyps, refs)[0], "CIDEr_D": cider}
 
 
-@contextmanager
-def _quiet():
-    """Java writes past sys.stdout and sys.stderr, so the descriptors themselves are turned away."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            for descriptor, old in enumerate(kept, start=1):
-                os.dup2(old, descriptor), os.close(old)
-
-
-def official_caption_metrics(hyps, refs):
-    """(metrics, notes) of the official programs, through pycocoevalcap: Stanford's PTB tokenizer, then BLEU_1..4,
-    ROUGE_L, CIDEr_D, METEOR and SPICE, on the scale of `caption_metrics`.
-
-    hyps: dict id -> caption; refs: dict id -> captions of the same images. What this machine cannot compute is left
-    out, and a note says why and what to do. METEOR takes 7 seconds to start; nothing is downloaded here.
-    """
-    ids = _same_images(hyps, refs)
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.spice import spice
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ImportError as error:
-        return {}, [f"no official metrics: {error}; `pip install pycocoevalcap`"]
-    if not shutil.which("java"):
-        return {}, ["no official metrics: their tokenizer needs Java, and `java` is not on PATH; install a JRE"]
-
-    def line(text):
-        """The tokenizer reads a caption a line: a line end inside (\\n is one of many) would shift all that follow."""
-        return {"caption": " ".join(text.encode("utf-8", "replace").decode().split())}
-
-    texts = [{k: [line(hyps[i])] for k, i in enumerate(ids)}]
-    texts += [{k: [line(ref) for ref in refs[i]] for k, i in enumerate(ids)}]
-    metrics, notes = {}, []
-    with _quiet():
-        try:
-            hyps, refs = map(PTBTokenizer().tokenize, texts)
-        except OSError as error:
-            return {}, [f"no official metrics: their tokenizer failed ({error}); it writes to its own folder"]
-        if [[len(of[k]) for k in of] for of in texts] != [[len(of[k]) for k in of] for of in (hyps, refs)]:
-            return {}, ["no official metrics: their tokenizer lost captions; does `java -version` work?"]
-        try:
-            values = Bleu(4).compute_score(refs, hyps, verbose=0)[0]
-            metrics |= {f"BLEU_{n}": float(value) for n, value in enumerate(values, start=1)}
-            metrics["ROUGE_L"] = float(Rouge().compute_score(refs, hyps)[0])
-            metrics["CIDEr_D"] = float(Cider().compute_score(refs, hyps)[0])
-        except Exception as error:  # references without a single word, for instance
-            return {}, [f"no official metrics: pycocoevalcap failed ({error!r})"]
-        models = [Path(spice.__file__).parent / f"lib/stanford-corenlp-3.6.0{kind}.jar" for kind in ("", "-models")]
-        programs = {"METEOR": (Meteor, "2 GB of memory"), "SPICE": (spice.Spice, "8 GB of memory and Java 8")}
-        if not all(jar.is_file() for jar in models):  # SPICE would start to download them
-            del programs["SPICE"]
-            fetch = "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"
-            notes.append(f'no SPICE: its CoreNLP models are missing; fetch them once: `python -c "{fetch}"`')
-        for name, (program, needs) in programs.items():
-            scorer = None
-            try:
-                scorer = program()
-                metrics[name] = float(scorer.compute_score(refs, hyps)[0])
-            except Exception as error:  # a Java program may die of anything, and the other numbers are worth having
-                notes.append(f"no {name}: its Java program failed ({error!r}); it needs {needs}")
-                if hasattr(scorer, "lock") and scorer.lock.locked():
-                    scorer.lock.release()  # METEOR's destructor would wait for it forever
-            del scorer
-    return metrics, notes
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Result files of COCO and NoCaps
+# Questions and statements (dicts from the example's id, of exactly the same examples), retrieval
 
 
-def write_caption_results(path, captions):
-    """captions, a dict image_id -> caption, as the flat list [{"image_id": 42, "caption": "a dog"}] that COCO's and
-    NoCaps' servers take: one entry an image. Integer ids stay integers. Raises UserError where it cannot be written."""
-    wrong = [i for i, caption in captions.items() if not isinstance(caption, str)]
-    if wrong or not captions:
-        raise UserError(f"{path}: {f'the captions of {wrong[:3]} are not text' if wrong else 'no captions to write'}")
-    rows = [{"image_id": i if isinstance(i, str) else int(i), "caption": text} for i, text in captions.items()]
-    try:
-        common.write_json(Path(path), rows)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be written ({error}); make room, or take a folder that exists") from None
+def _demand(need, wrong):
+    if wrong:
+        raise UserError(f"{need}; not so of {wrong[:3]}, {len(wrong)} in all: mend the annotations or the answers")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Truth on scenes
+def vqa_forms(prediction, answers):
+    """(prediction, list of answers) as the official evaluation compares them: normalised, unless all answers agree."""
+    from data import normalise_answer
+
+    texts = [text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)]
+    if len(set(texts[1:])) > 1:  # OFFICIAL: of unanimous answers every letter counts
+        texts = [normalise_answer(text) for text in texts]
+    return texts[0], texts[1:]
 
 
-def truth_metrics(hyps, scenes_by_id):
-    """Exact judgement of captions of scenes. hyps: dict id -> caption; scenes_by_id: dict id -> scenes.Scene.
+def vqa_accuracy(predictions, answers, answer_types=None, question_types=None):
+    """(metrics, dict question_id -> accuracy), fractions, as GT-Vision-Lab/VQA computes them.
 
-    caption_true        share of captions that are true of their own scene (unknown and unparsable are not true)
-    caption_unparsable  share of captions outside the grammar
-    caption_generality  mean over captions of the share of all these scenes that the caption is true of: "there is an
-                        object" is always true and says nothing
-    """
-    from scenes import Truth, is_true
-
-    ids = _same_images(hyps, scenes_by_id)
-    true_of = {}  # caption -> the scenes it is true of; None: not parsable. Once per caption: models repeat themselves.
-    for caption in dict.fromkeys(hyps[i] for i in ids):
-        if is_true(caption, scenes_by_id[ids[0]]) is Truth.UNPARSABLE:  # a matter of the sentence, not of the scene
-            true_of[caption] = None
-        else:
-            true_of[caption] = {i for i in ids if is_true(caption, scenes_by_id[i]) is Truth.TRUE}
-    of = {i: true_of[hyps[i]] for i in ids}
-    return {
-        "caption_true": sum(i in (of[i] or ()) for i in ids) / len(ids),
-        "caption_unparsable": sum(of[i] is None for i in ids) / len(ids),
-        "caption_generality": sum(len(of[i] or ()) for i in ids) / len(ids) ** 2,
-    }
+    predictions: dict question_id -> text; answers: dict question_id -> ten people's texts. Types, dicts too, add means:
+    "vqa_accuracy_yes/no" over an answer type, "vqa_accuracy: what color" over a question type."""
+    ids, values = same_ids(predictions, answers, "prediction", "list of answer", "question"), {}
+    is_text = {i: [isinstance(text, str) for text in (answers[i], predictions[i], *answers[i])] for i in ids}
+    _demand("VQA compares one text with ten people's", [i for i in ids if is_text[i] != [False] + [True] * 11])
+    for i in ids:
+        said, ten = vqa_forms(predictions[i], answers[i])
+        same = [text == said for text in ten]
+        # mean over the ten, each left out in turn, of min(1, agreeing others / 3)
+        values[i] = sum(min(1, (sum(same) - one) / 3) for one in same) / 10
+    metrics = {"vqa_accuracy": sum(values.values()) / len(values)}
+    for prefix, types in (("vqa_accuracy_", answer_types), ("vqa_accuracy: ", question_types)):
+        of = {}
+        for i in [] if types is None else same_ids(types, values, "type", "prediction", "question"):
+            of.setdefault(types[i], []).append(values[i])
+        metrics |= {f"{prefix}{name}": sum(some) / len(some) for name, some in of.items()}
+    return metrics, values
 
 
-def verdict(caption, scene):
-    """One caption's judgement as a word: true, false, unknown or unparsable."""
-    from scenes import is_true
+def class_accuracy(predictions, labels):
+    """Share of examples whose predicted class is the label (SNLI-VE). Classes are names, or indices, on both sides."""
+    ids = same_ids(predictions, labels, "prediction", "label", "example")
+    mixed = [i for i in ids if isinstance(predictions[i], str) != isinstance(labels[i], str)]
+    _demand("predictions and labels are names, or are indices", mixed)
+    return sum(bool(predictions[i] == labels[i]) for i in ids) / len(ids)
 
-    return is_true(caption, scene).value
+
+def truth_word(value):
+    """'True' or 'False' of a bool or of these words in any case, None of anything else."""
+    return word if (word := str(value).capitalize()) in ("True", "False") else None
+
+
+def nlvr2_metrics(predictions, labels, groups, name="nlvr2"):
+    """{name_accuracy, name_consistency}: shares of right examples, and of groups all of whose examples are right.
+
+    Predictions and labels: True, False or these words. groups: dict id -> its sentence, whatever names it; NLVR2's name
+    is the identifier without its third part (lil-lab/nlvr, nlvr2/eval/metrics.py)."""
+    ids = same_ids(predictions, labels, "prediction", "label", "example")
+    same_ids(groups, labels, "group", "label", "example")
+    said, true = ({i: truth_word(side[i]) for i in ids} for side in (predictions, labels))
+    _demand(f"{name} knows True and False alone", [i for i in ids if not said[i] or not true[i]])
+    whole = set(groups.values()) - {groups[i] for i in ids if said[i] != true[i]}
+    consistency = len(whole) / len(set(groups.values()))
+    return {f"{name}_accuracy": class_accuracy(said, true), f"{name}_consistency": consistency}
+
+
+def scores_table(scores, ids, *shape):
+    """float64 [len(ids), *shape] of dict id -> scores. Raises UserError for other shapes and what is not finite."""
+    table, wrong = {}, []
+    for i in ids:
+        try:
+            table[i] = np.asarray(scores[i], dtype=float)
+        except (TypeError, ValueError):  # rows of other lengths, or text
+            wrong.append(i)
+    wrong += [i for i, row in table.items() if row.shape != shape or not np.isfinite(row).all()]
+    _demand(f"each question needs {' x '.join(map(str, shape))} finite scores", wrong)
+    return np.stack(list(table.values()))
+
+
+def vcr_metrics(answer_scores, rationale_scores, labels, rationale_labels):
+    """{vcr_qa, vcr_qar, vcr_q2ar}: shares of questions with the right answer, rationale, both (r2c, eval_q2ar.py).
+
+    Scores: dict id -> 4 numbers, the first of the highest counts; the rationales' are given the correct answer.
+    Labels: dict id -> 0, 1, 2 or 3."""
+    ids, right = same_ids(rationale_labels, labels, "rationale label", "label", "question"), {}
+    wrong = [i for i in ids if labels[i] not in range(4) or rationale_labels[i] not in range(4)]
+    _demand("labels of VCR are 0, 1, 2 or 3", wrong)
+    for name, scores, truth in (("vcr_qa", answer_scores, labels), ("vcr_qar", rationale_scores, rationale_labels)):
+        same_ids(scores, labels, "score", "label", "question")
+        right[name] = scores_table(scores, ids, 4).argmax(1) == [truth[i] for i in ids]
+    right["vcr_q2ar"] = right["vcr_qa"] & right["vcr_qar"]
+    return {name: float(one.mean()) for name, one in right.items()}
+
+
+def _places(scores, owner):
+    """Places, 1 being the best: [M] of each text's image among the images, [N] of each image's best text."""
+    N, M = scores.shape  # images, texts
+    own = scores[owner, torch.arange(M, device=owner.device)]
+    best = own.new_zeros(N).scatter_reduce(0, owner, own, "amax", include_self=False)
+    of_text, of_image = own.new_full((M,), 0.5, dtype=torch.float64), []
+    for part, top in zip(scores.split(256), best[:, None].split(256), strict=True):  # bounds the memory
+        of_text += (part > own).sum(0) + (part == own).sum(0) / 2  # equal to itself too, hence from 0.5
+        of_image.append(1 + (part > top).sum(1) + (part == top).sum(1) / 2)
+    sisters = torch.zeros(N, device=owner.device).index_add(0, owner, (own == best[owner]).float())
+    return of_text, torch.cat(of_image) - sisters / 2  # which are not before it
+
+
+def recalls(scores, owner, folds=None, text_scores=None):
+    """{"R@1", "R@5", "R@10": text -> image, "TR@1", ...: image -> text, by the best of the image's texts}, fractions.
+
+    scores: [N images, M texts], array or tensor; owner: [M] index of each text's image. text_scores: another such
+    matrix for text -> image, where re-ranking made two. folds: images a fold; each fold of consecutive images is a
+    gallery of its own, and the result the mean over folds (COCO 1K: 1000). Equal scores all stand in the middle of
+    their places, and a place that falls between two numbers counts as the later: two at the top are no R@1."""
+    scores = torch.as_tensor(scores)
+    owner = torch.as_tensor(owner, device=scores.device)
+    N, folds, found = len(scores), folds or len(scores), []
+    is_whole = scores.dim() == 2 and owner.shape == scores.shape[1:] and set(owner.tolist()) == set(range(N))
+    if not is_whole or not 0 < folds <= N or N % folds or scores.isnan().any():
+        raise UserError(
+            "retrieval takes scores [images, texts], none NaN, the index of its image for each text, no image without, "
+            f"and whole folds: mend what is not so of scores {[*scores.shape]}, owner {[*owner.shape]}, {folds} a fold"
+        )
+    for first in range(0, N, folds):
+        here = (owner >= first) & (owner < first + folds)
+        part = scores[first : first + folds][:, here] if folds < N else scores
+        places = zip(("R", "TR"), _places(part, owner[here] - first), strict=True)
+        found.append({f"{way}@{k}": float((p <= k).double().mean()) for way, p in places for k in (1, 5, 10)})
+    metrics = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    if text_scores is None:
+        return metrics
+    return {**metrics, **{k: v for k, v in recalls(text_scores, owner, folds).items() if k.startswith("R@")}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -672,6 +677,8 @@ def score_captions(items, hyps):
     """caption_metrics of {image_id: caption} against the items' own captions and, on scenes, truth_metrics."""
     metrics = caption_metrics(hyps, {item.image_id: item.captions for item in items})
     if hasattr(items[0].image, "objects"):
+        from tools.judge import truth_metrics
+
         metrics |= truth_metrics(hyps, {item.image_id: item.image for item in items})
     return metrics
 
@@ -681,17 +688,20 @@ def evaluate_captions(corpus, caption_items, folder, is_main=True, official=True
 
     caption_items(items) -> {image_id: caption}, the same on every process. Returns the splits of metrics.json and the
     columns of a table, both empty but on the first process, which writes captions_SPLIT.json (a COCO result file) and
-    samples.png into `folder`. official: on photographs also official_caption_metrics, which cost Java's time.
+    samples.png into `folder`. official: on photographs also official_caption_metrics, which cost Java's time. Of a
+    split whose captions are hidden only the result file is written.
     """
-    splits, columns = {}, {}
-    tests = [name for name in corpus.splits if name.startswith("test")]
-    tests = tests or [name for name in ("val", "train") if name in corpus.splits][:1]  # a handful of own pictures
-    for split in tests:
+    from tools import official as programs
+    from tools import sheets
+
+    splits, columns, tests = {}, {}, corpus.finally_evaluated()
+    for split in tests + corpus.hidden():
         items = list(corpus.splits[split])
         hyps = caption_items(items)
-        if not is_main:
+        if is_main:
+            programs.write_caption_results(folder / f"captions_{split}.json", hyps)
+        if not is_main or split not in tests:
             continue
-        write_caption_results(folder / f"captions_{split}.json", hyps)
         # A caption depends on its picture alone, so captioning permuted pictures = permuting the captions: no cost.
         ids = list(hyps)
         permuted = {i: hyps[j] for i, j in zip(ids, shuffled(ids), strict=True)}
@@ -708,57 +718,172 @@ def evaluate_captions(corpus, caption_items, folder, is_main=True, official=True
         columns["constant"] = score_captions(items, dict.fromkeys(ids, constant))
         controls["constant_caption"] = {**columns["constant"], "caption": constant}
         if official and not hasattr(items[0].image, "objects"):  # scenes have a judge of their own
-            found, notes = official_caption_metrics(hyps, {item.image_id: item.captions for item in items})
+            found, notes = programs.official_caption_metrics(hyps, {item.image_id: item.captions for item in items})
             splits[split] |= {"official": found, "official_notes": notes}
             columns |= {f"{split}, official": found} if found else {}
             print("\n".join(f"note: {note}" for note in notes))
-        draw_captions(folder / "samples.png", items[:16], hyps)
+        sheets.draw_captions(folder / "samples.png", items[:16], hyps)
     return splits, columns
 
 
-def draw_captions(path, items, hyps):
-    """A contact sheet: pictures, what the model says, whether that is true (scenes), a reference."""
-    from data import contact_sheet, load_image
+def predict_split(score, loader):
+    """dict example_id -> list of scores of a whole split, the same on every process.
 
-    texts = []
-    for item in items:
-        judged = f" [{verdict(hyps[item.image_id], item.image)}]" if hasattr(item.image, "objects") else ""
-        texts.append([hyps[item.image_id] + judged, f"reference: {item.captions[0]}"])
-    contact_sheet(path, [load_image(item.image, 200) for item in items], texts)
-
-
-def how_it_sees(metrics, shuffled_metrics):
-    """One sentence on whether a captioner of scenes looks at its pictures."""
-    true, blind = metrics["caption_true"], shuffled_metrics["caption_true"]
-    told = "it sees" if true > 0.3 and true > 4 * blind else "it hardly looks; train longer (--steps)"
-    return f"{true:.0%} of the captions are true of their scene, {blind:.0%} with shuffled pictures: {told}."
-
-
-def evaluate_runs(sources: list[str], given: dict, model_name, config_class, flags: list[str], check, evaluate) -> None:
-    """--eval-only: finished runs, each on its own data or on what the flags say, in one table for each split.
-
-    check(cfg) raises UserError; evaluate(cfg, checkpoint, machine, folder) -> {split or control: metrics}.
+    score: batch -> [B, C] scores of the classes, of Choices [B, 4]. Of more than four classes only the best is kept, as
+    a list of its index. Each process brings its share; the set is exact: an id that two processes saw counts once.
     """
-    common.allow(given, common.EVAL_FLAGS + flags, "--eval-only")
-    sources = sources or [given["init"]] if given.get("init", "none") != "none" else sources
-    if not sources:
-        raise UserError(f"--eval-only needs a trained model: --eval-only RUN, e.g. runs/{model_name}-scenes")
-    found = [(source, *common.find_checkpoint(source, model_name)) for source in sources]
-    configs = [common.config_from(config_class, {**values, "out": "", **given}) for _, _, values in found]
-    for cfg in configs:
-        check(cfg)
-    machine, tables = common.start_machine(configs[0]), {}
-    is_mixed = len({cfg.data for cfg in configs}) > 1
-    run = common.Run.create(model_name, dataclasses.replace(configs[0], task="eval"), machine)
-    for i, (cfg, (source, checkpoint, _)) in enumerate(zip(configs, found, strict=True)):
-        folder = run.path if len(found) == 1 else run.path / f"{i + 1}-{checkpoint.parent.name}-{checkpoint.name}"
-        if machine.is_main:
-            folder.mkdir(exist_ok=True)
-            common.write_json(folder / "config.json", {"model": model_name, **dataclasses.asdict(cfg), "task": "eval"})
-        for name, column in evaluate(cfg, checkpoint, machine, folder).items():
-            title, heading = ("", name) if len(found) == 1 else (name, source + f" on {Path(cfg.data).stem}" * is_mixed)
-            tables.setdefault(title, {})[heading] = column
-    for title, columns in tables.items():  # empty on all processes but the first
-        print(f"\n{title}\n{common.table(columns)}")
-    if machine.is_main:
-        print(f"\n{run.path}: metrics.json, samples.png and result files")
+    found = {}
+    for batch in loader:
+        scores = score(batch).float()
+        kept = scores if scores.shape[1] <= 4 else scores.argmax(1, keepdim=True)
+        found.update(zip(batch["example_id"], kept.tolist(), strict=True))
+    return dict(common.gather_lists(list(found.items())))
+
+
+def class_of(scores):
+    """Of a list that predict_split gives: the first of the best classes."""
+    return scores[0] if len(scores) == 1 else max(range(len(scores)), key=scores.__getitem__)
+
+
+def score_examples(corpus, items, found, rationales=None):
+    """(metrics, what was said, what is right) of one split: names of metrics by the kind of its samples, texts by id.
+
+    found: what predict_split gives. rationales: of Choices the scores of the rationales, given the right answer.
+    """
+    of, said = {item.example_id: item for item in items}, {i: class_of(scores) for i, scores in found.items()}
+    first = items[0]
+    if hasattr(first, "rationales"):
+        labels = [{i: getattr(item, name) for i, item in of.items()} for name in ("label", "rationale_label")]
+        said = {i: str(of[i].answers[k]) for i, k in said.items()}
+        return vcr_metrics(found, rationales, *labels), said, {i: str(x.answers[x.label]) for i, x in of.items()}
+    if corpus.answers:
+        said = {i: corpus.answers[k] for i, k in said.items()}
+        answers, kinds = ({i: getattr(item, name) for i, item in of.items()} for name in ("answers", "kinds"))
+        metrics, _ = vqa_accuracy(said, answers, {i: kind[0] for i, kind in kinds.items()})
+        return metrics, said, {i: Counter(ten).most_common(1)[0][0] for i, ten in answers.items()}
+    labels = {i: item.label for i, item in of.items()}
+    if len(first.images) == 2:
+        said, right = ({i: bool(k) for i, k in side.items()} for side in (said, labels))
+        name = "nlvr1" if corpus.name == "nlvr1" else "nlvr2"  # NLVR's first version is another task
+        return nlvr2_metrics(said, right, {i: item.group for i, item in of.items()}, name), said, right
+    from corpora import ENTAILMENT
+
+    said, right = ({i: ENTAILMENT[k] for i, k in side.items()} for side in (said, labels))
+    return {"ve_accuracy": class_accuracy(said, right)}, said, right
+
+
+def with_other_pictures(items):
+    """The same texts about permuted pictures, for the shuffled-images control; Choices among those with as many
+    objects, so that every tag still names one."""
+    groups, other = {}, {}
+    for item in items:
+        groups.setdefault(len(getattr(item, "objects", ())), []).append(item)
+    for group in groups.values():
+        for item, donor in zip(group, [group[k] for k in shuffled(list(range(len(group))))], strict=True):
+            names = {"images", "image_ids", "metadata", "others"} & set(item.__dataclass_fields__)
+            other[item.example_id] = dataclasses.replace(item, **{name: getattr(donor, name) for name in names})
+    return [other[item.example_id] for item in items]
+
+
+def evaluate_examples(corpus, predict, folder, is_main=True):
+    """Every test split of questions, statements, hypotheses or choices with its controls, for any model that scores.
+
+    predict(items) -> what predict_split gives; of Choices predict(items, task, answer), task "qa" or "qar", answer the
+    one that the rationales are given, None for the right one. Returns and writes what evaluate_captions does: result
+    files in the official forms (of Choices where labels are hidden, since only there all conditionings are asked for).
+    """
+    from tools import official as files
+    from tools import sheets
+
+    splits, columns, tests = {}, {}, corpus.finally_evaluated()
+
+    def ask(items):
+        if not hasattr(items[0], "rationales"):
+            return (predict(items),)
+        return predict(items, "qa", None), predict(items, "qar", None)
+
+    for split in tests + corpus.hidden():
+        items = list(corpus.splits[split])
+        if split not in tests:
+            found = predict(items, "qa", None) if hasattr(items[0], "rationales") else predict(items)
+            given = [predict(items, "qar", k) for k in range(4)] if hasattr(items[0], "rationales") else []
+            if is_main:
+                files.write_example_results(folder, split, corpus, items, found, given)
+            continue
+        told = ask(items)
+        blind = ask(with_other_pictures(items))
+        if not is_main:
+            continue
+        metrics, said, right = score_examples(corpus, items, *told)
+        controls = {"shuffled_images": score_examples(corpus, items, *blind)[0]}
+        usual = majority(corpus, items, len(told))
+        controls["majority"] = score_examples(corpus, items, *usual)[0]
+        splits[split] = {"metrics": metrics, "controls": controls}
+        columns |= {split: metrics, f"{split}, shuffled": controls["shuffled_images"]}
+        columns |= {f"{split}, majority": controls["majority"]}
+        if len(told) == 1:
+            files.write_example_results(folder, split, corpus, items, *told)
+        if split == tests[0]:
+            sheets.draw_examples(folder / "samples.png", items[:16], said, right)
+    return splits, columns
+
+
+def majority(corpus, items, n_tables=1):
+    """As many tables as `score_examples` takes, for a program that gives the most frequent answer of train to all."""
+    train = corpus.splits.get("train", items)[:5000]
+    tables = []
+    for name in ("label", "rationale_label")[:n_tables]:
+        if corpus.answers:
+            usual = Counter(answer for item in train for answer in item.answers if answer in corpus.answers)
+            scores = [corpus.answers.index(usual.most_common(1)[0][0])]
+        else:
+            best = Counter(getattr(item, name) for item in train).most_common(1)[0][0]
+            scores = [float(k == best) for k in range(4)]
+        tables.append({item.example_id: scores for item in items})
+    return tables
+
+
+def score_gallery(encode_image, encode_text, score, loader, texts, chunk=256):
+    """dict image_id -> float32 [len(texts)] of a whole split, the same on every process; everything is encoded once.
+
+    encode_text: list of texts -> anything; encode_image: batch of B pictures -> anything; score: both -> [B, texts].
+    """
+    told = [encode_text(texts[k : k + chunk]) for k in range(0, len(texts), chunk)]
+    rows = {}
+    for batch in loader:
+        seen = encode_image(batch)
+        scores = torch.cat([score(seen, some).float() for some in told], dim=1).cpu().numpy()
+        rows.update(zip(batch["image_id"], scores, strict=True))
+    return dict(common.gather_lists(list(rows.items())))
+
+
+def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000):
+    """Every test split as a gallery, with the first `n_captions` captions of each picture, for any model that scores.
+
+    gallery(items, texts) -> what score_gallery gives. Larger galleries of whole folds are also cut into them: the
+    mean over folds of `fold` consecutive pictures is named "R@1 of 1,000". Returns what evaluate_captions does.
+    """
+    from tools import judge, sheets
+
+    splits, columns, tests = {}, {}, corpus.finally_evaluated()
+    for split in tests:
+        items = list(corpus.splits[split])
+        texts = [text for item in items for text in item.captions[:n_captions]]
+        owner = [k for k, item in enumerate(items) for _ in item.captions[:n_captions]]
+        rows = gallery(items, texts)
+        if not is_main:
+            continue
+        scores = np.stack([rows[item.image_id] for item in items])  # [images, texts]
+        truths = judge.truth_table(items, texts) if hasattr(items[0].image, "objects") else None
+        permuted = scores[shuffled(list(range(len(items))))]  # costs no model, like permuted captions
+        for name, matrix in ((split, scores), (f"{split}, shuffled", permuted)):
+            columns[name] = recalls(matrix, owner)
+            if len(items) > fold and len(items) % fold == 0:
+                of_folds = recalls(matrix, owner, fold)
+                columns[name] |= {f"{recall} of {fold:,}": value for recall, value in of_folds.items()}
+            columns[name] |= judge.gallery_truth(matrix, truths) if truths is not None else {}
+        controls = {"shuffled_images": columns[f"{split}, shuffled"]}
+        splits[split] = {"metrics": columns[split], "controls": controls}
+        if split == tests[0]:
+            sheets.draw_ranking(folder / "samples.png", items, texts, owner, scores)
+    return splits, columns

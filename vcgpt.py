@@ -49,6 +49,7 @@ import corpora
 import data
 import eval as scoring
 from common import UserError
+from tools import compare, judge
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. Every field is a flag; its comment is the flag's help.
@@ -922,8 +923,9 @@ def check(cfg: Config) -> None:
 
 
 def load_data(cfg: Config):
-    return corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes, n_val=cfg.val_items,
-                        n_test=cfg.test_scenes)  # fmt: skip
+    corpus = corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes, n_val=cfg.val_items,
+                          n_test=cfg.test_scenes)  # fmt: skip
+    return corpus.of(data.Item, "captions, which VC-GPT trains on")
 
 
 def caption_files(paths: list[str], given: dict) -> None:
@@ -955,7 +957,7 @@ def main(argv: list[str] | None = None) -> None:
     if command.caption:
         return caption_files(command.caption, given)
     if command.eval_only is not None:
-        return scoring.evaluate_runs(command.eval_only, given, "vcgpt", Config, DECODING, check, evaluate_run)
+        return compare.evaluate_runs(command.eval_only, given, "vcgpt", Config, DECODING, check, evaluate_run)
     cfg, checkpoint = common.configure(Config, given, "vcgpt", PRESETS, RECIPES, SIZES)
     if cfg.clip != "none" and checkpoint is None and "image_size" not in given:
         cfg.image_size = 0  # that of the checkpoint
@@ -993,7 +995,7 @@ def main(argv: list[str] | None = None) -> None:
     if machine.is_main:
         print(f"\n{common.table(columns)}\n")
         if cfg.data == "scenes":
-            print(scoring.how_it_sees(columns["test"], columns["test, shuffled"]))
+            print(judge.how_it_sees(columns["test"], columns["test, shuffled"]))
         print(f"\n{run.path / 'samples.png'}: test pictures with captions\n{run.path / 'metrics.json'}: this table")
         print(common.curves(run.path / "curves.png", run.path / "log.jsonl"))
         print(f"go on: python vcgpt.py --caption PICTURE --init {shlex.quote(str(run.path))}")

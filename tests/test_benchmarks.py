@@ -29,7 +29,8 @@ def vqa_files():
                  "answers": [{"answer_id": j, "answer": a, "answer_confidence": "yes"}
                              for j, a in enumerate(ANSWERS, 1)]}
                 for i, q in enumerate(questions)]}  # fmt: skip
-    return files
+    dev = {"questions": files["v2_OpenEnded_mscoco_test2015_questions.json"]["questions"][:1]}
+    return files | {"v2_OpenEnded_mscoco_test-dev2015_questions.json": dev}
 
 
 def nlvr2_files():
@@ -144,7 +145,9 @@ def ids(items):
 
 def test_vqa(tmp_path):
     corpus = corpora.load("vqa", write(tmp_path, "vqa"))
-    assert {name: len(items) for name, items in corpus.splits.items()} == {"train": 9, "val": 4, "server_test": 2}
+    assert {name: len(items) for name, items in corpus.splits.items()} == {
+        "train": 9, "val": 4, "server_test": 2, "server_test_dev": 1}  # fmt: skip
+    assert corpus.splits["server_test_dev"][0] == corpus.splits["server_test"][0]  # part of it, with its pictures
     assert corpus.answers == ("yes",) and corpus.finally_evaluated() == ["val"]
     first = corpus.splits["train"][0]
     assert (first.example_id, first.image_ids, first.text, first.answers) == (0, (0,), "Is it 0 ?", tuple(ANSWERS))
@@ -196,6 +199,12 @@ def test_vqa_with_visual_genome(tmp_path):
     assert [example.example_id for example in added] == ["vg-10", "vg-30"]  # 2 is a picture of val, 4 has no file
     assert data.soft_scores(added[0].answers, {"yes": 0}) == [(0, 1.0)]
     assert any("2 questions of Visual Genome" in note and "2 about pictures of val" in note for note in corpus.notes)
+    (vg / "question_answers.json").write_text('[{"id": 1}]')
+    with pytest.raises(UserError, match="`qas` must be a list, but it is missing"):
+        corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
+    (vg / "question_answers.json").write_text("[")
+    with pytest.raises(UserError, match="question_answers.json cannot be read as JSON"):
+        corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
     (vg / "image_data.json").unlink()
     with pytest.raises(UserError, match="image_data.json is missing; put Visual Genome's files there"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
@@ -216,6 +225,14 @@ def test_the_vocabulary_is_the_normalised_frequent_answers():
     assert corpora.answer_vocabulary([], told) == ("dog", "1000", "2")
     with pytest.raises(UserError, match="no answer is given 9 times in 2 questions"):
         corpora.answer_vocabulary([], ["cat", "dog"])
+
+
+def test_the_vocabulary_counts_the_official_choice(tmp_path):
+    """`multiple_choice_answer`, not whatever is most frequent among the ten; of train2014 and val2014."""
+    files = vqa_files()
+    for row in files["v2_mscoco_train2014_annotations.json"]["annotations"]:
+        row["multiple_choice_answer"] = "Perhaps."
+    assert corpora.load("vqa", write(tmp_path, "vqa", files)).answers == ("perhaps",)
 
 
 def test_soft_scores_count_the_answers_as_written():
@@ -291,9 +308,10 @@ def test_neutral_names_go_by_the_number_of_the_object():
 def test_boxes_of_vcr_lose_their_confidence(tmp_path):
     item = corpora.load("vcr", write(tmp_path, "vcr")).splits["val"][0]
     assert data.object_boxes(item, (40, 30)).tolist() == [row[:4] for row in BOXES["boxes"]]
+    assert data.object_boxes(item, (18, 24)).tolist() == [[2, 3, 18, 24], [0, 0, 18, 24], [5, 5, 12, 13]]  # clipped
 
 
-@pytest.mark.parametrize("boxes", [None, [], [[1, 2, 3, 4, 1]] * 2, [[1, 2, 3, "x", 1]] * 3, [[1, 2, 90, 4, 1]] * 3])
+@pytest.mark.parametrize("boxes", [None, [], [[1, 2, 3, 4, 1]] * 2, [[1, 2, 3, "x", 1]] * 3, [[9, 2, 3, 4, 1]] * 3])
 def test_metadata_that_does_not_fit_is_bad(tmp_path, boxes):
     item = corpora.load("vcr", write(tmp_path, "vcr")).splits["val"][0]
     item.metadata.write_text(json.dumps({"boxes": boxes} if boxes is not None else {}))
@@ -369,6 +387,21 @@ WRONG = {
         lambda f: every(f, image_id=7),
         "question 1000 is about image 100, there about 7",
     ),
+    "an empty question of VQA": ("vqa", Q, lambda f: every(f, question=" "), "not empty"),
+    "half a character": ("vqa", Q, lambda f: every(f, question="\ud800"), "half a Unicode character"),
+    "a domain that is no text": (
+        "nocaps",
+        "nocaps_val_4500_captions.json",
+        lambda f: every(f, domain=3),
+        "`domain` must be a text",
+    ),
+    "a caption about a list": (
+        "nocaps",
+        "nocaps_val_4500_captions.json",
+        lambda f: f["annotations"][0].update(image_id=[1]),
+        "`image_id` must be a whole number",
+    ),
+    "an empty statement": ("nlvr2", "data/dev.json", lambda f: every(f, sentence=""), "not empty"),
     "no list of questions": ("vqa", Q, lambda f: f.clear(), "has no list `questions`"),
     "an identifier of three parts": ("nlvr2", "data/dev.json", lambda f: every(f, identifier="dev-1-2"), "set-pair"),
     "a statement twice": ("nlvr2", "data/dev.json", lambda f: f.append(f[0]), "identifier dev-7-0-1 occurs 2"),
@@ -452,6 +485,20 @@ def test_a_line_that_is_no_object_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", list(FILES))
+def test_text_that_is_not_utf8_is_refused(tmp_path, name):
+    write(tmp_path, name)
+    for file in list(FILES[name]()):
+        (tmp_path / file).write_bytes(b'{"a": "\xff"}')
+        break
+    with pytest.raises(UserError, match="cannot be read as"):
+        corpora.load(name, tmp_path)
+    write(tmp_path, name)
+    path = tmp_path / file
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a mark that Windows programs write
+    corpora.load(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", list(FILES))
 def test_a_missing_file_is_named(tmp_path, name):
     write(tmp_path, name)
     for file in FILES[name]():
@@ -460,6 +507,17 @@ def test_a_missing_file_is_named(tmp_path, name):
         corpora.load(name, tmp_path)
     with pytest.raises(UserError, match=f"data.py where {name}"):
         corpora.load(name, tmp_path / "elsewhere")
+
+
+def test_one_picture_is_enough_to_find_the_folder(tmp_path):
+    """However few of them are there: what is missing is counted by the check and named by the loaders."""
+    files = nlvr2_files()
+    files["data/dev.json"] = [files["data/dev.json"][0] | {"identifier": f"dev-{n}-0-0"} for n in range(50)]
+    write(tmp_path, "nlvr2", files, leave_out=[p for p in PICTURES["nlvr2"] if "/dev/" in p])
+    (tmp_path / "images/dev").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/dev/dev-37-0-img1.png")
+    corpus = corpora.load("nlvr2", tmp_path)
+    assert corpus.splits["val"][37].images[1].is_file() and not any("none of" in note for note in corpus.notes)
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -560,7 +618,9 @@ def test_batches_of_choices(tmp_path, tokenizer):
             real = batch["keep_mask"][row]
             assert tokenizer.decode(ids[real & (segments == 0)][1:]) == asked
             assert tokenizer.decode(ids[real & (segments == 1)]) == str(choice).lower()
+            assert segments[real][-1] == 1 and not segments[~real].any()
         tags = batch["tags"][0]
+        assert tags[0] == -1  # of bos
         named = {int(tag): tokenizer.decode([i for i, t in zip(batch["ids"][0], tags, strict=True) if t == tag])
                  for tag in set(tags.tolist()) - {-1}}  # fmt: skip
         words = {0: "casey", 1: "car", 2: "jessie"}

@@ -17,6 +17,7 @@ from PIL import Image
 import common
 import vcgpt
 from common import UserError
+from tools import look_at_data
 
 TOY = " ".join(papers.toy("vcgpt"))
 
@@ -327,10 +328,8 @@ def test_own_photographs_end_to_end(tmp_path, capsys):
 
 
 def test_coco_mini_trains_and_evaluates_in_the_official_layout(extra, tmp_path, capsys):
-    import data
-
     root = extra / "realdata" / "coco_mini"
-    assert data.main(["check", "coco", "--root", str(root)]) == 0
+    assert look_at_data.main(["check", "coco", "--root", str(root)]) == 0
     run("--data", "coco", "--root", root, "--preset", "tiny", "--out", tmp_path / "run", "--steps", 3)
     test = json.loads((tmp_path / "run" / "metrics.json").read_text())["splits"]["test"]
     assert test["metrics"]["BLEU_1"] > 0 and (tmp_path / "run" / "samples.png").exists()

@@ -1,4 +1,4 @@
-"""Pictures, tokenizers, samples, batches, the order of a run, own data and the check."""
+"""Pictures, tokenizers, samples, batches, the order of a run and own data."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 import data
 from common import UserError
 from data import BadImage, Item, Pictures, Tokenizer, TrainBatches, load_image, load_own, to_pixels
+from tools import sheets
 
 ROOT = Path(data.__file__).parent
 WORDS = ["a dog runs", "two black cats sit on a red sofa", "a man on a horse", "the sea", "a small boat at night",
@@ -192,7 +193,7 @@ def test_contact_sheet(tmp_path):
     """Square, wide and high pictures: all fit into the cell, none is stretched."""
     path, paper = tmp_path / "sheet.png", (250, 249, 246)
     pictures = [Image.new("RGB", size, "red") for size in ((50, 50), (100, 50), (20, 80), (1, 3000), (3, 3))]
-    data.contact_sheet(path, pictures, [["a", "b"]] * 5, columns=4, side=40)
+    sheets.contact_sheet(path, pictures, [["a", "b"]] * 5, columns=4, side=40)
     sheet = Image.open(path)
     assert sheet.width == 4 * 68 + 28
     for column, (width, height) in enumerate(((40, 40), (40, 20), (10, 40))):
@@ -723,56 +724,6 @@ def test_own_files_that_cannot_be_read(tmp_path):
         load_own(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match="jsonl"):
         load_own(tmp_path / "x.parquet")
-
-
-# The check
-
-
-def run_check(*args):
-    command = [sys.executable, "data.py", "check", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_check_of_a_good_set(tmp_path):
-    own_folder(tmp_path, ["a.jpg", "b.jpg"])
-    gradient(50, 30).save(tmp_path / "b.jpg")
-    (tmp_path / "captions.txt").write_text("a.jpg\tone two\na.jpg\tone two three four five six\nb.jpg\tone\n")
-    status, out, _ = run_check(tmp_path)
-    assert status == 0
-    for part in ("2 train", "2 images, 3 captions", "min 1, mean 1.5, max 2", "min 1, mean 3.0, max 6",
-                 "1-5   66.7%", "6-10   33.3%", "smallest 12x10", "largest 50x30", "unreadable: 0", "duplicates: 0"):
-        assert part in out, part
-
-
-def test_check_of_a_broken_set(tmp_path):
-    own_folder(tmp_path, [f"{i}.jpg" for i in range(16)])
-    gradient(50, 30).save(tmp_path / "2.jpg")
-    (tmp_path / "copy.jpg").write_bytes((tmp_path / "2.jpg").read_bytes())
-    rows = [{"image": f"{i}.jpg", "caption": "x y", "split": "train"} for i in range(3, 15)]
-    rows += [{"image": "2.jpg", "caption": "x", "split": "train"},
-             {"image": "copy.jpg", "caption": "x", "split": "test"}]  # fmt: skip
-    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert run_check(tmp_path / "x.jsonl")[0] == 0  # a duplicate is said, but nothing is broken
-    for i in range(3, 15):
-        (tmp_path / f"{i}.jpg").write_bytes(b"")
-    status, out, _ = run_check(tmp_path / "x.jsonl")
-    assert status == 1 and "unreadable: 12" in out and out.count("the file is empty") == 10
-    assert "1 groups of identical files, 1 of them across splits" in out
-    assert f"{tmp_path / '2.jpg'} (train) = {tmp_path / 'copy.jpg'} (test)" in out
-
-
-def test_check_of_what_cannot_be_loaded(tmp_path):
-    (tmp_path / "x.jsonl").write_text("[]")
-    for args, said in (((tmp_path / "x.jsonl",), "x.jsonl:1"), (("coco", "--root", tmp_path / "no"), "--root")):
-        status, _, error = run_check(*args)
-        assert status == 1 and said in error
-
-
-def test_check_of_a_named_set(extra):
-    status, out, _ = run_check("coco", "--root", extra / "realdata" / "coco_mini")
-    assert status == 0 and "50 images, 250 captions" in out and "51 images, 255 captions" in out
 
 
 def test_importing_is_light():

@@ -9,6 +9,7 @@ import torch
 
 import eval as scoring
 from common import UserError
+from tools import judge
 
 LN2 = math.log(2)
 
@@ -200,10 +201,10 @@ def test_truth_metrics_by_hand():
         12: "blah blah",  # unparsable: of none
         13: "there is a red circle",  # unknown, not true; 2 of 4 again
     }
-    assert scoring.truth_metrics(hyps, worlds) == {
+    assert judge.truth_metrics(hyps, worlds) == {
         "caption_true": 1 / 4, "caption_unparsable": 1 / 4, "caption_generality": (2 + 2 + 0 + 2) / 16,
     }  # fmt: skip
-    verdicts = [scoring.verdict(hyps[i], worlds[i]) for i in worlds]
+    verdicts = [judge.verdict(hyps[i], worlds[i]) for i in worlds]
     assert verdicts == ["true", "false", "unparsable", "unknown"]
 
 
@@ -217,7 +218,7 @@ def test_truth_metrics_judge_a_repeated_caption_once(monkeypatch):
         return scenes.Truth.TRUE
 
     monkeypatch.setattr(scenes, "is_true", is_true)
-    metrics = scoring.truth_metrics(dict.fromkeys(range(50), "a thing"), dict.fromkeys(range(50)))
+    metrics = judge.truth_metrics(dict.fromkeys(range(50), "a thing"), dict.fromkeys(range(50)))
     assert metrics == {"caption_true": 1.0, "caption_unparsable": 0.0, "caption_generality": 1.0}
     assert len(judged) <= 51  # not 50 x 50
 

@@ -14,6 +14,7 @@ import torch
 
 import eval as scoring
 from common import UserError
+from tools import official as programs
 from tools import score
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_impossible_samplers_are_refused(settings, message):
 
 def test_results_come_back(tmp_path):
     captions = {42: 'a "dog" –\nand a café', "a.jpg": "", np.int64(7): "a cat"}
-    scoring.write_caption_results(tmp_path / "results.json", captions)
+    programs.write_caption_results(tmp_path / "results.json", captions)
     rows = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert rows == [{"image_id": i, "caption": text} for i, text in captions.items()]
     assert score.read_caption_results(tmp_path / "results.json") == captions
@@ -149,11 +150,11 @@ def test_results_come_back(tmp_path):
 def test_results_that_cannot_be_written(tmp_path):
     for captions, message in (({}, "no captions"), ({1: "a", 2: None}, r"captions of \[2\] are not text")):
         with pytest.raises(UserError, match=message):
-            scoring.write_caption_results(tmp_path / "results.json", captions)
+            programs.write_caption_results(tmp_path / "results.json", captions)
     with pytest.raises(UserError, match="a folder that exists"):
-        scoring.write_caption_results(tmp_path / "nowhere" / "results.json", {1: "a"})
+        programs.write_caption_results(tmp_path / "nowhere" / "results.json", {1: "a"})
     with pytest.raises(UserError, match="surrogates not allowed"):  # half a character, as JSON may bring
-        scoring.write_caption_results(tmp_path / "results.json", {1: "\ud800"})
+        programs.write_caption_results(tmp_path / "results.json", {1: "\ud800"})
     assert not (tmp_path / "results.json").exists()
 
 
@@ -245,7 +246,7 @@ def test_official_scores_are_the_stored_ones(official, capfd):
     stored = {name.replace("Bleu", "BLEU").replace("CIDEr", "CIDEr_D"): v for name, v in data["corpus"].items()}
     hyps = {image["image_id"]: image["hypothesis"] for image in data["images"]}
     refs = {image["image_id"]: image["references"] for image in data["images"]}
-    metrics, notes = scoring.official_caption_metrics(dict(reversed(hyps.items())), refs)
+    metrics, notes = programs.official_caption_metrics(dict(reversed(hyps.items())), refs)
     meteor = metrics.pop("METEOR")
     metrics.pop("SPICE", None)
     assert metrics == pytest.approx({name: stored[name] for name in metrics}, abs=1e-9)
@@ -260,22 +261,22 @@ def test_official_scores_are_the_stored_ones(official, capfd):
 def test_line_ends_inside_captions_shift_nothing(official, monkeypatch):
     for module, name in (("meteor.meteor", "Meteor"), ("spice.spice", "Spice")):
         replace(monkeypatch, module, name, Absent)
-    clean, _ = scoring.official_caption_metrics({**HYPS, "c": ""}, {**REFS, "c": ["a b", "x"]})
+    clean, _ = programs.official_caption_metrics({**HYPS, "c": ""}, {**REFS, "c": ["a b", "x"]})
     ends = ("\n", "\r", "\u2028", "\x0b", "\x0c", "\x85", "\r\n", " \ud800 ")  # the last: half a character
     for end in ends:
         hyps = {1: f"a red{end}dog runs", "b": f"two{end}cats{end}", "c": end}
         refs = {**REFS, 1: [f"A red dog{end}is running.", f"{end}a dog"], "c": ["a b", f"x{end}"]}
-        assert scoring.official_caption_metrics(hyps, refs)[0] == clean, repr(end)
+        assert programs.official_caption_metrics(hyps, refs)[0] == clean, repr(end)
 
 
 def test_what_is_absent_is_announced(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-        metrics, notes = scoring.official_caption_metrics(HYPS, REFS)
+        metrics, notes = programs.official_caption_metrics(HYPS, REFS)
         assert metrics == {} and len(notes) == 1 and "`pip install pycocoevalcap`" in notes[0]
     pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason="pycocoevalcap is not installed")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    metrics, notes = scoring.official_caption_metrics(HYPS, REFS)
+    metrics, notes = programs.official_caption_metrics(HYPS, REFS)
     assert metrics == {} and len(notes) == 1 and "`java` is not on PATH" in notes[0]
 
 
@@ -284,14 +285,14 @@ def test_a_tokenizer_that_fails_is_announced(official, monkeypatch, tmp_path):
     java.write_text("#!/bin/sh\necho no Java runtime present >&2\nexit 1\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    metrics, notes = scoring.official_caption_metrics(HYPS, REFS)
+    metrics, notes = programs.official_caption_metrics(HYPS, REFS)
     assert metrics == {} and len(notes) == 1 and "lost captions" in notes[0]
 
     def read_only(*_, **__):
         raise PermissionError("read-only folder")
 
     replace(monkeypatch, "tokenizer.ptbtokenizer", "tempfile", type("", (), {"NamedTemporaryFile": read_only}))
-    metrics, notes = scoring.official_caption_metrics(HYPS, REFS)
+    metrics, notes = programs.official_caption_metrics(HYPS, REFS)
     assert metrics == {} and len(notes) == 1 and "read-only folder" in notes[0]
 
 
@@ -315,7 +316,7 @@ def test_programs_that_die_cost_only_their_own_number(official, monkeypatch, tmp
 
     monkeypatch.setattr(subprocess, "check_call", fail)
     monkeypatch.setattr(subprocess, "Popen", popen)
-    metrics, notes = scoring.official_caption_metrics(HYPS, REFS)
+    metrics, notes = programs.official_caption_metrics(HYPS, REFS)
     assert list(metrics) == ["BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr_D"]
     assert [note.split(":")[0] for note in notes] == ["no METEOR", "no SPICE"]
 
@@ -324,7 +325,7 @@ def test_missing_spice_models_are_announced_with_the_command(official, monkeypat
     replace(monkeypatch, "meteor.meteor", "Meteor", Absent)
     replace(monkeypatch, "spice.spice", "Spice", Absent)  # its constructor would download
     replace(monkeypatch, "spice.spice", "__file__", str(tmp_path / "spice.py"))
-    metrics, notes = scoring.official_caption_metrics(HYPS, REFS)
+    metrics, notes = programs.official_caption_metrics(HYPS, REFS)
     (note,) = [note for note in notes if note.startswith("no SPICE")]
     assert "SPICE" not in metrics and "models are missing" in note
     typed = note.split("`")[1].removeprefix('python -c "').removesuffix('"')  # must be Python, of names that exist
@@ -344,10 +345,10 @@ def test_command_scores_a_result_file(extra, tmp_path, monkeypatch, capsys):
     whole = score.read_caption_references(folder / "annotations" / "captions_val2017.json")
     assert score.read_caption_references(folder / "dataset_coco_mini.json").keys() == whole.keys()
     hyps, refs = {i: texts[0] for i, texts in whole.items()}, {i: texts[1:] for i, texts in whole.items()}
-    scoring.write_caption_results(tmp_path / "results.json", {str(i): text for i, text in hyps.items()})
+    programs.write_caption_results(tmp_path / "results.json", {str(i): text for i, text in hyps.items()})
     rows = [{"image_id": i, "caption": text} for i, texts in refs.items() for text in texts]
     (tmp_path / "references.json").write_text(json.dumps({"annotations": rows}))
-    monkeypatch.setattr(scoring, "official_caption_metrics", lambda *_: ({"METEOR": 0.25}, ["no SPICE: today"]))
+    monkeypatch.setattr(programs, "official_caption_metrics", lambda *_: ({"METEOR": 0.25}, ["no SPICE: today"]))
     score.main(["captions", str(tmp_path / "results.json"), str(tmp_path / "references.json")])
     printed = capsys.readouterr().out
     assert "51 images, 204 references" in printed and "note: no SPICE: today" in printed
@@ -369,5 +370,5 @@ def test_command_as_users_type_it(tmp_path, capsys):
 
 def test_references_without_a_word_cost_only_the_official_numbers(official):
     """pycocoevalcap fails on them; a finished run must not fail with it."""
-    metrics, notes = scoring.official_caption_metrics({1: "a dog", 2: "a cat"}, {1: ["..."], 2: ["!"]})
+    metrics, notes = programs.official_caption_metrics({1: "a dog", 2: "a cat"}, {1: ["..."], 2: ["!"]})
     assert metrics == {} and len(notes) == 1 and "pycocoevalcap failed" in notes[0]

@@ -9,8 +9,12 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import corpora
+import data as words
 import eval as scoring
 
 
@@ -143,3 +147,89 @@ def test_captions_of_scenes():
     for image in data["images"]:
         raw, ptb = [*image["references"], image["hypothesis"]], [*image["references_ptb"], image["hypothesis_ptb"]]
         assert [" ".join(scoring.tokenize_caption(text)) for text in raw] == ptb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions, retrieval, statements
+
+
+def read(golden_path, name):
+    return json.loads(golden_path(name).read_text(encoding="utf-8"))
+
+
+def percent(fraction):
+    return round(100 * fraction, 2)  # as the official evaluation rounds
+
+
+def test_vqa(golden_path, exempt):
+    name = "vqa_accuracy.json"
+    data = read(golden_path, name)
+    inputs = ["format_version", "description", "normalisation/*/0"]
+    inputs += [f"cases/*/{key}" for key in ("question_id", "image_id", "rule", "question_type", "answer_type")]
+    inputs += ["cases/*/prediction", "cases/*/answers/*"]
+    ours = {f"normalisation/{k}/1": words.normalise_answer(raw) for k, (raw, _) in enumerate(data["normalisation"])}
+    cases = {case["question_id"]: case for case in data["cases"]}
+    answers = {i: [one["answer"] for one in case["answers"]] for i, case in cases.items()}
+    predictions, *types = (
+        {i: case[key] for i, case in cases.items()} for key in ("prediction", "answer_type", "question_type")
+    )
+    metrics, values = scoring.vqa_accuracy(predictions, answers, *types)
+    ours["accuracy/overall"] = percent(metrics.pop("vqa_accuracy"))
+    for key, value in metrics.items():
+        place = "perQuestionType" if key.startswith("vqa_accuracy: ") else "perAnswerType"
+        ours[f"accuracy/{place}/{key.removeprefix('vqa_accuracy: ').removeprefix('vqa_accuracy_')}"] = percent(value)
+    for k, i in enumerate(cases):
+        ours[f"cases/{k}/accuracy_percent"] = percent(values[i])
+        after = scoring.vqa_forms(predictions[i], answers[i])[1]
+        ours |= {f"cases/{k}/answers_after/{j}": text for j, text in enumerate(after)}
+    compare(name, data, ours, inputs, exempt(name), 0)
+
+
+def test_retrieval(golden_path, exempt):
+    name = "retrieval_metrics.json"
+    data = read(golden_path, name)
+    scores, owner = np.array(data["scores"]), np.array(data["text_owner"])
+    size = len(scores) // len(data["folds"])  # images a fold
+
+    def named(place, metrics):
+        return {f"{place}/{way}_r{k}": 100 * metrics[f"{ours}@{k}"] for way, ours in (("txt", "TR"), ("img", "R"))
+                for k in (1, 5, 10)}  # fmt: skip
+
+    ours = named("full", scoring.recalls(scores, owner)) | named("folds_mean", scoring.recalls(scores, owner, size))
+    for fold in range(len(data["folds"])):
+        here = owner // size == fold
+        part = scores[fold * size : (fold + 1) * size, here]
+        ours |= named(f"folds/{fold}", scoring.recalls(part, owner[here] - fold * size))
+    compare(name, data, ours, ["format_version", "description", "text_owner/*", "scores/*"], exempt(name), 1e-9)
+
+
+def nlvr2_examples(data, root):
+    """(labels, groups) by identifier, as the loader reads the real annotations: JSON lines in data/dev.json."""
+    (root / "data").mkdir()
+    fields = [{k: v for k, v in row.items() if k != "prediction"} for row in data["examples"]]
+    (root / "data" / "dev.json").write_text("".join(json.dumps(row) + "\n" for row in fields), "utf-8")
+    (root / "images" / "dev").mkdir(parents=True)
+    pair = data["examples"][0]["identifier"].rpartition("-")[0]
+    Image.new("RGB", (4, 4)).save(root / "images" / "dev" / f"{pair}-img0.png")  # the loader looks for some of them
+    examples = corpora.load("nlvr2", root).splits["val"]
+    assert [example.text for example in examples] == [row["sentence"] for row in data["examples"]]
+    assert all(example.images[1].name == f"{example.image_ids[1]}.png" for example in examples)
+    return {e.example_id: bool(e.label) for e in examples}, {e.example_id: e.group for e in examples}
+
+
+def test_nlvr2(golden_path, exempt, tmp_path):
+    name = "nlvr2_metrics.json"
+    data = read(golden_path, name)
+    predictions = {row["identifier"]: row["prediction"] for row in data["examples"]}
+    metrics = scoring.nlvr2_metrics(predictions, *nlvr2_examples(data, tmp_path))
+    ours = {key.removeprefix("nlvr2_"): value for key, value in metrics.items()}
+    compare(name, data, ours, ["format_version", "description", "examples/*"], exempt(name), 0)
+
+
+def test_vcr(golden_path, exempt):
+    name = "vcr_metrics.json"
+    data = read(golden_path, name)
+    keys = ("answer_scores", "rationale_scores", "answer_label", "rationale_label")
+    metrics = scoring.vcr_metrics(*(dict(enumerate(data[key])) for key in keys))
+    ours = {"Q_A": metrics["vcr_qa"], "QA_R": metrics["vcr_qar"], "Q_AR": metrics["vcr_q2ar"]}
+    compare(name, data, ours, ["format_version", "description", *(f"{key}/*" for key in keys)], exempt(name), 0)

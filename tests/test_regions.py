@@ -50,6 +50,8 @@ def test_a_file_goes_by_the_image_id_or_by_the_picture(tmp_path):
     folder = write(tmp_path / "regions", "1000092795")
     assert len(corpora.NpzRegions(folder)(3, "flickr30k-images/1000092795.jpg").boxes) == N
     (folder / "sub").mkdir()
+    with pytest.raises(BadImage, match="sub/1000092795.jpg.npz: no such"):  # another picture of that name
+        corpora.NpzRegions(folder)("sub/1000092795.jpg", "sub/1000092795.jpg")
     write(folder / "sub", "a.jpg")
     assert len(corpora.NpzRegions(folder)("sub/a.jpg", "x/sub/a.jpg").boxes) == N
     with pytest.raises(BadImage, match="8.npz: no such region file; `python tools/regions.py`"):
@@ -223,6 +225,15 @@ def test_choices_with_regions():
     (batch,) = data.train_loader(choices, 2, steps=1)
     assert batch["objects"].shape[0] == 2 and batch["regions"].shape[2] == 768 and batch["objects_keep_mask"].any()
     assert batch["tags"].max() < batch["objects"].shape[1] and batch["tags"].shape == batch["ids"].shape
+
+
+def test_choices_are_not_augmented():
+    """Cropped or mirrored, the picture would leave its boxes."""
+    items = corpora.load("scenes", task="vcr", n_train=2, n_val=1, n_test=1).splits["train"]
+    tokenizer = data.Tokenizer.train(["object"] * 3, 300)
+    still = data.Choices(items, tokenizer, 32)[0]["pixels"]
+    drawn = data.Choices(items, tokenizer, 32, train=True, augment="crop+flip")
+    assert all(torch.equal(drawn[epoch, 0]["pixels"], still) for epoch in range(5))
 
 
 def test_pairs_have_no_regions():

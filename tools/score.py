@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import eval as scoring  # noqa: E402
 from common import UserError  # noqa: E402
+from tools import official as programs  # noqa: E402
 
 
 def _read_json(path):
@@ -68,7 +69,7 @@ def main(argv=None):
     hyps = {str(i): text for i, text in read_caption_results(args.results).items()}  # some write ids as text
     refs = {str(i): texts for i, texts in read_caption_references(args.references).items()}
     ours = scoring.caption_metrics(hyps, refs)
-    official, notes = scoring.official_caption_metrics(hyps, refs)
+    official, notes = programs.official_caption_metrics(hyps, refs)
     print(f"{len(refs)} images, {sum(map(len, refs.values()))} references")
     print(common.table({"rule tokenizer": ours, **({"official": official} if official else {})}))
     for note in notes:

@@ -11,7 +11,7 @@ import argparse
 from PIL import Image, ImageDraw, ImageFont
 
 import scenes
-from data import contact_sheet
+from tools.sheets import contact_sheet, side_by_side
 
 SIDE = 224
 
@@ -19,14 +19,6 @@ SIDE = 224
 def text_of(tokens: tuple) -> str:
     """Words and tags of a tagged text as one line: "in what are [0] [2] alike ?"."""
     return " ".join(t if isinstance(t, str) else " ".join(f"[{i}]" for i in t) for t in tokens)
-
-
-def draw_pair(left, right) -> Image.Image:
-    """Two scenes side by side."""
-    sheet = Image.new("RGB", (2 * SIDE + 8, SIDE), (250, 249, 246))
-    for scene, x in ((left, 0), (right, SIDE + 8)):
-        sheet.paste(scenes.render(scene, SIDE), (x, 0))
-    return sheet
 
 
 def draw_tags(scene) -> Image.Image:
@@ -45,7 +37,7 @@ def examples(task: str, world: str, split: str, seed: int, n: int = 12):
     sample = list(make(world, split, n, seed))
     if task == "pairs":
         told = [[f"{item.text}: {('false', 'true')[item.label]}"] for item in sample]
-        return [draw_pair(*item.scenes) for item in sample], told
+        return [side_by_side([scenes.render(scene, SIDE) for scene in item.scenes]) for item in sample], told
     if task == "hypotheses":
         names = ("contradiction", "neutral", "entailment")
         told = [[f"{item.text}: {names[item.label]}"] for item in sample]

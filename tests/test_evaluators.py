@@ -1,0 +1,265 @@
+"""Evaluators: every test split once, whatever the number of processes, beside its controls and result files."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import corpora
+import data
+import eval as scoring
+import scenes
+from scenes import Truth
+from tools import judge, official
+
+N = 7  # odd, so that processes have unequal shares
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.Tokenizer.train(["what is one picture shows object"] * 3, 300)
+
+
+def one_hot(k, n):
+    return [float(j == k) for j in range(n)]
+
+
+def looks(corpus):
+    """predict(items) of a program that reads the scenes of the pictures that it is given."""
+
+    def scores(item):
+        scene = item.images[0]
+        if corpus.answers:
+            said = data.normalise_answer(scenes.answer(item.text, scene) or "no")  # None: not to be seen there
+            return [corpus.answers.index(said) if said in corpus.answers else 0]
+        if len(item.images) == 2:
+            return one_hot(scenes.pair_is_true(item.text, *item.images) is Truth.TRUE, 2)
+        return one_hot(scenes.ENTAILMENT[scenes.is_true(item.text, scene)], 3)
+
+    return lambda items: {item.example_id: scores(item) for item in items}
+
+
+def load(task, n=60, **more):
+    return corpora.load(
+        "scenes", task=task, world="full" if task == "ve" else "tiny", n_train=600, n_val=n, n_test=n, **more
+    )
+
+
+@pytest.mark.parametrize(("task", "metric", "chance", "file"), [
+    ("vqa", "vqa_accuracy", 0.6, "vqa_test.json"), ("nlvr2", "nlvr2_accuracy", 0.8, "nlvr2_test.csv"),
+    ("ve", "ve_accuracy", 0.7, "ve_test.jsonl"),
+])  # fmt: skip
+def test_a_program_that_looks(tmp_path, task, metric, chance, file):
+    """It is right, and no longer where the pictures are permuted; the majority is at chance."""
+    corpus = load(task)
+    splits, columns = scoring.evaluate_examples(corpus, looks(corpus), tmp_path)
+    assert list(splits) == ["test", "test_compositional"]
+    for split, name in (("test", "test"), ("test_compositional", "test_compositional")):
+        metrics, controls = splits[split]["metrics"], splits[split]["controls"]
+        assert metrics == columns[name] and set(controls) == {"shuffled_images", "majority"}
+        assert metrics[metric] > (0.85 if task == "vqa" else 0.999), metrics  # annotators disagree now and then
+        assert controls["shuffled_images"][metric] < chance
+        assert controls["shuffled_images"] == columns[f"{name}, shuffled"]
+        assert controls["majority"] == columns[f"{name}, majority"]
+    if task == "ve":
+        assert controls["majority"][metric] == pytest.approx(1 / 3)
+    if task == "nlvr2":
+        assert metrics["nlvr2_consistency"] == 1 and controls["majority"]["nlvr2_consistency"] == 0
+        assert controls["majority"][metric] == 0.5
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+    assert (tmp_path / file).read_text().count("\n") >= 1 and (
+        tmp_path / file.replace("test", "test_compositional")
+    ).exists()
+
+
+def test_the_result_file_of_questions_holds_the_answers(tmp_path):
+    corpus = load("vqa", n=12)
+    scoring.evaluate_examples(corpus, looks(corpus), tmp_path)
+    rows = json.loads((tmp_path / "vqa_test.json").read_text())
+    said = {row["question_id"]: row["answer"] for row in rows}
+    ten = {item.example_id: item.answers for item in corpus.splits["test"]}
+    assert scoring.vqa_accuracy(said, ten)[0]["vqa_accuracy"] > 0.8 and len(rows) == 12
+
+
+def test_choices(tmp_path):
+    corpus = load("vcr", n=20)
+    right = {(item.question, item.answers, item.images): (item.label, item.rationale_label)
+             for items in corpus.splits.values() for item in items}  # fmt: skip
+
+    def predict(items, task, answer):
+        """Of other pictures the first."""
+        assert answer is None
+        found = {item.example_id: right.get((item.question, item.answers, item.images), (0, 0)) for item in items}
+        return {i: one_hot(labels[task == "qar"], 4) for i, labels in found.items()}
+
+    splits, _ = scoring.evaluate_examples(corpus, predict, tmp_path)
+    metrics, controls = splits["test"]["metrics"], splits["test"]["controls"]
+    assert metrics == {"vcr_qa": 1, "vcr_qar": 1, "vcr_q2ar": 1}
+    assert controls["shuffled_images"]["vcr_q2ar"] < 0.5 and controls["majority"]["vcr_qa"] < 0.6
+    assert not (tmp_path / "vcr_test.csv").exists()  # rationales were asked for given the right answer alone
+
+
+def test_hidden_splits_get_their_result_files_only(tmp_path):
+    """Of choices all four conditionings are asked for, in the leaderboard's 20 columns."""
+    full = load("vcr", n=6)
+    items = [replace(item, label=None, rationale_label=None) for item in full.splits["test"]]
+    corpus = data.Corpus("vcr", {"val": list(full.splits["val"]), "server_test": items})
+    asked = []
+
+    def predict(items, task, answer):
+        asked.append((len(items), task, answer))
+        return {item.example_id: [0.0, 1.0, 2.0, float(3 * (answer or 0))] for item in items}
+
+    splits, columns = scoring.evaluate_examples(corpus, predict, tmp_path)
+    assert list(splits) == ["val"] and not any("server" in name for name in columns)
+    assert asked[-5:] == [(6, "qa", None), *((6, "qar", k) for k in range(4))]
+    lines = (tmp_path / "vcr_server_test.csv").read_text().splitlines()
+    assert len(lines) == 7 and lines[0].startswith("annot_id,answer_0") and lines[1].count(",") == 20
+    row = np.array(lines[1].split(",")[1:], dtype=float).reshape(5, 4)
+    assert row.sum(1) == pytest.approx(1) and row[4].argmax() == 3 and row[0].argmax() == row[1].argmax() == 2
+
+
+def test_hidden_questions(tmp_path):
+    corpus = load("vqa", n=12)
+    hidden = [replace(item, answers=()) for item in corpus.splits["test"]]
+    corpus = data.Corpus("vqa", {"val": corpus.splits["val"], "server_test": hidden}, answers=corpus.answers)
+    splits, _ = scoring.evaluate_examples(corpus, lambda items: {i.example_id: [1] for i in items}, tmp_path)
+    assert list(splits) == ["val"] and len(json.loads((tmp_path / "vqa_server_test.json").read_text())) == 12
+
+
+def test_nlvr1_is_named_so(tmp_path):
+    corpus = load("nlvr2", n=8)
+    corpus = data.Corpus("nlvr1", {"test": corpus.splits["test"]})
+    splits, _ = scoring.evaluate_examples(corpus, looks(corpus), tmp_path)
+    assert splits["test"]["metrics"] == {"nlvr1_accuracy": 1, "nlvr1_consistency": 1}
+
+
+def test_captions_of_hidden_and_overlapping_splits(tmp_path):
+    """NoCaps: domains are scored apart; of the hidden test only the result file is written."""
+    items = list(load("caption", n=6).splits["test"])
+    hidden = [replace(item, captions=()) for item in items[:2]]
+    corpus = data.Corpus("nocaps", {"test": items, "test_in_domain": items[:3], "server_test": hidden})
+    splits, _ = scoring.evaluate_captions(corpus, lambda items: {i.image_id: "a thing" for i in items}, tmp_path)
+    assert list(splits) == ["test", "test_in_domain"]
+    assert [row["image_id"] for row in json.loads((tmp_path / "captions_server_test.json").read_text())] == [0, 1]
+
+
+def test_other_pictures():
+    """Every text has another picture; a choice one with as many objects, so that its tags name something."""
+    items = list(load("vcr", n=40).splits["test"])
+    others = scoring.with_other_pictures(items)
+    assert [item.example_id for item in others] == [item.example_id for item in items]
+    assert sorted(item.image_ids for item in others) == sorted(item.image_ids for item in items)
+    for item, other in zip(items, others, strict=True):
+        assert len(other.images[0].objects) == len(item.images[0].objects) and other.question == item.question
+    assert sum(item.images == other.images for item, other in zip(items, others, strict=True)) == 0
+    pairs = [replace(item, others=((item.images),)) for item in load("nlvr2", n=8).splits["test"]]
+    for pair, other in zip(pairs, scoring.with_other_pictures(pairs), strict=True):
+        assert other.images != pair.images and other.others == (other.images,) and other.label == pair.label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+def gallery_of(corpus, noise=0.0):
+    """gallery(items, texts) by a program that knows which scenes a caption is true of."""
+
+    def gallery(items, texts):
+        table = judge.truth_table(items, texts)
+        return {item.image_id: row + noise for item, row in zip(items, table.astype(np.float32), strict=True)}
+
+    return gallery
+
+
+def test_retrieval_on_scenes(tmp_path):
+    corpus = load("caption", n=30)
+    splits, columns = scoring.evaluate_retrieval(corpus, gallery_of(corpus), tmp_path, n_captions=1)
+    metrics = splits["test"]["metrics"]
+    assert metrics["true@1"] == 1 and metrics["R@1"] <= metrics["R@1_ceiling"] < 1 and metrics == columns["test"]
+    texts = [item.captions[0] for item in corpus.splits["test"]]
+    of = [sum(scenes.is_true(text, item.image) is Truth.TRUE for item in corpus.splits["test"]) for text in texts]
+    assert metrics["R@1_ceiling"] == pytest.approx(np.mean([1 / n for n in of]))
+    blind = splits["test"]["controls"]["shuffled_images"]
+    assert blind["true@1"] < 0.5 and blind["R@1_ceiling"] == metrics["R@1_ceiling"]
+    assert (tmp_path / "samples.png").exists() and list(splits) == ["test", "test_compositional"]
+
+
+def test_folds_and_first_captions(tmp_path):
+    """Two folds of four: named by their size, beside the whole gallery; only the first captions are texts."""
+    items = [data.Item(i, scenes.make_scene("tiny", "test", i), tuple(f"{i} {k}" for k in range(7))) for i in range(8)]
+    corpus, seen = data.Corpus("coco", {"test": items}), []
+
+    def gallery(items, texts):
+        seen.extend(texts)
+        # right within the first and the second half, never across: the picture four further on scores more
+        scores = np.array(
+            [[2.0 * ((i + 4) % 8 == int(text[0])) + (i == int(text[0])) for text in texts] for i in range(8)]
+        )
+        return dict(zip(range(8), scores, strict=True))
+
+    splits, _ = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=5, fold=4)
+    metrics = splits["test"]["metrics"]
+    assert len(seen) == 40 and seen[:5] == [f"0 {k}" for k in range(5)]
+    assert metrics["R@1"] == 0 and metrics["R@5"] == 1 and metrics["R@1 of 4"] == 1 and metrics["TR@1 of 4"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def process(rank, world, folder, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo")
+    tokenizer = data.Tokenizer.train(["what is one picture shows object"] * 3, 300)
+    questions, corpus = load("vqa", n=N), load("caption", n=N)
+    told = {}
+    for n_classes in (3, 10):  # scores, or the best class only
+        samples = data.Examples(questions.splits["test"], tokenizer, 16)
+        loader = data.eval_loader(samples, 2, 0, rank, world)
+        table = torch.arange(n_classes).repeat(N, 1) * torch.tensor([(-1) ** i for i in range(N)])[:, None]
+        told[n_classes] = scoring.predict_split(lambda batch, t=table: t[batch["example_id"]], loader)
+    pictures = data.Pictures(corpus.splits["test"], None, 16)
+    loader = data.eval_loader(pictures, 2, 0, rank, world)
+    told["gallery"] = scoring.score_gallery(
+        lambda batch: torch.tensor(batch["image_id"]), lambda texts: torch.tensor([len(text) for text in texts]),
+        lambda seen, some: seen[:, None] * 100 + some, loader, ["a", "bb", "ccc"], chunk=2)  # fmt: skip
+    torch.save({k: {i: list(map(float, row)) for i, row in found.items()} for k, found in told.items()},
+               folder / f"{world}-{rank}.pt")  # fmt: skip
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_process_knows_the_exact_split(tmp_path, world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(process, args=(world, tmp_path, port), nprocs=world)
+    for rank in range(world):
+        told = torch.load(tmp_path / f"{world}-{rank}.pt")
+        assert sorted(told[3]) == sorted(told[10]) == list(range(N))
+        assert told[3][1] == [0, -1, -2] and told[3][2] == [0, 1, 2] and told[10][1] == [0] and told[10][2] == [9]
+        assert {i: row for i, row in told["gallery"].items()} == {i: [100 * i + k for k in (1, 2, 3)] for i in range(N)}
+
+
+def test_class_of_scores():
+    assert scoring.class_of([7]) == 7 and scoring.class_of([0.1, 0.9, 0.9]) == 1
+
+
+def test_result_files_choose_the_form_of_the_task(tmp_path):
+    corpus = load("ve", n=6)
+    items = list(corpus.splits["test"])
+    official.write_example_results(
+        tmp_path, "test", corpus, items, {item.example_id: [0.0, 1.0, 0.5] for item in items}
+    )
+    rows = [json.loads(line) for line in (tmp_path / "ve_test.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[0] == {"pairID": "0", "label": "neutral"}
