@@ -159,6 +159,10 @@ def write_ve_results(path, labels):
     write_results(path, [json.dumps({"pairID": i, "label": label}) for i, label in labels.items()])
 
 
+VCR_COLUMNS = ["annot_id", *(f"{what}_{k}" for what in ("answer", *(f"rationale_conditioned_on_a{i}" for i in range(4)))
+                             for k in range(4))]  # fmt: skip
+
+
 def write_vcr_results(path, answer_scores, rationale_scores):
     """VCR's leaderboard: annot_id and 20 probabilities a line, with the column names of r2c's eval_for_leaderboard.py.
 
@@ -170,10 +174,8 @@ def write_vcr_results(path, answer_scores, rationale_scores):
     scores = np.concatenate([of_answers[:, None], of_rationales], axis=1)  # [questions, 5, 4]
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p = (p / p.sum(-1, keepdims=True)).reshape(-1, 20).tolist()
-    columns = ["answer", *(f"rationale_conditioned_on_a{i}" for i in range(4))]
-    head = ["annot_id", *(f"{column}_{k}" for column in columns for k in range(4))]
     rows = [[i, *row] for i, row in zip(ids, p, strict=True)]
-    write_results(path, [",".join(map(str, row)) for row in (head, *rows)])
+    write_results(path, [",".join(map(str, row)) for row in (VCR_COLUMNS, *rows)])
 
 
 def write_example_results(folder, split, corpus, items, found, rationales=()):
