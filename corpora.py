@@ -36,22 +36,17 @@ from typing import NamedTuple
 import numpy as np
 
 import data
+import scenes
 from common import UserError, choose
 from data import BadImage, Choice, Corpus, Example, Item, Regions, Tagged
 
 # Names of the official picture folders below the root of each; COCO's follow from its file names.
 FOLDERS = {
-    "coco": (),
     "flickr30k": ("flickr30k-images",),
     "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset"),
-    "nocaps": (),
-    "vqa": (),
-    "nlvr2": (),
-    "nlvr1": (),
     "snli_ve": ("flickr30k-images", "../flickr30k/flickr30k-images", "../flickr30k/images"),
-    "vcr": (),
 }
-NAMES = ("scenes", *FOLDERS)
+NAMES = ("scenes", "coco", "flickr30k", "flickr8k", "nocaps", "vqa", "nlvr2", "nlvr1", "snli_ve", "vcr")
 TASKS = ("caption", "vqa", "nlvr2", "ve", "vcr")  # what scenes can be asked for
 
 
@@ -66,8 +61,8 @@ def load(name: str, root: str | Path | None = None, task: str = "caption", train
     """
     if name == "scenes":
         return load_scenes(task=task, **scenes_options)
-    if name in FOLDERS:
-        root = Path(root or Path("data", name))
+    if name in NAMES:
+        root = folder_of(name, root)
         if not root.is_dir():
             raise UserError(
                 f"{name}: the folder {root} does not exist; put the data there or pass --root "
@@ -84,6 +79,11 @@ def load(name: str, root: str | Path | None = None, task: str = "caption", train
     nearest = difflib.get_close_matches(name.lower(), NAMES, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"data set {name!r} is not known: it is {', '.join(NAMES)} or the path of own data{hint}")
+
+
+def folder_of(name: str, root: str | Path | None = None) -> Path:
+    """Where a data set lies, and its regions/ below: `root`, or data/NAME, or the folder of own data."""
+    return Path(root or (Path("data", name) if name in NAMES else name if Path(name).is_dir() else Path(name).parent))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,15 +106,11 @@ class SceneItems(Sequence):
 
 
 def _scene_captions(scene, index: int) -> Item:
-    import scenes
-
     return Item(scene.index, scene, tuple(scenes.captions(scene)))
 
 
 def _scene_question(scene, index: int) -> Example:
     """One question a scene. Which of its four: by the index, so that half of them are yes/no questions."""
-    import scenes
-
     asked = scenes.questions(scene)
     asked = asked[index % len(asked)]
     return Example(index, (scene.index,), (scene,), asked.text, answers=asked.answers, kinds=(asked.kind,))
@@ -142,8 +138,6 @@ def load_scenes(world="tiny", n_train: int = 20_000, n_val: int = 500, n_test: i
 
     Groups of pairs (4) and of hypotheses (3) stay whole: each split is cut to a multiple, with at least one group.
     """
-    import scenes
-
     kinds = {"caption": (scenes.Scenes, _scene_captions, 1), "vqa": (scenes.Scenes, _scene_question, 1),
              "nlvr2": (scenes.Pairs, _scene_statement, 4), "ve": (scenes.Hypotheses, _scene_statement, 3),
              "vcr": (scenes.Tagged, _scene_choice, 1)}  # fmt: skip
@@ -343,7 +337,7 @@ class Folders:
         """Relative paths in the order of preference."""
         folders = [filepath, "images", f"images/{filepath}"] if filepath else ["images"]
         folders += [f"../coco/{filepath}"] if self.name == "vqa" else []  # VQA's pictures are COCO's
-        files = [f"{folder}/{filename}" for folder in (*folders, *FOLDERS[self.name])]
+        files = [f"{folder}/{filename}" for folder in (*folders, *FOLDERS.get(self.name, ()))]
         # the 2017 release holds the pictures of 2014 under shorter names, divided in another way
         if match := re.match(r"COCO_((?:train|val)2014)_(\d{12}\.\w+)$", filename):
             for coco in {"coco": ("",), "vqa": ("", "../coco/")}.get(self.name, ()):
@@ -375,8 +369,7 @@ def load_nocaps(root: Path) -> Corpus:
         raise UserError(f"nocaps: no nocaps_val_4500_captions.json in {root} or its annotations/{found}")
     for kind, file in (("val", with_captions[0]), *(("test", file) for file in files["test"][:1])):
         found = list(_read_coco_form(file, has_captions=kind == "val"))
-        folder = {"val": "val", "test": "test"}[kind]
-        rows = [Row(kind, record["id"], folder, record["file_name"], tuple(texts)) for record, texts in found]
+        rows = [Row(kind, record["id"], kind, record["file_name"], tuple(texts)) for record, texts in found]
         _distinct((row.image_id for row in rows), f"{file}: image")
         if kind == "val" and (bare := next((row for row in rows if not row.captions), None)):
             raise UserError(f"{file}: image {bare.image_id} has no caption")
@@ -679,8 +672,21 @@ def load_vcr(root: Path) -> Corpus:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Region files. A source is called with (image id, picture) and gives `data.Regions` or raises BadImage; its
-# `of_objects(choice)` gives those of VCR's objects.
+# Regions. A source is called with (image id, picture) and gives `data.Regions` or raises BadImage; its
+# `of_objects(choice)` gives those of VCR's objects; `note` is what a run says of it before it starts.
+
+
+def region_source(kind: str, name: str, root: str | Path | None = None, most: int | None = None):
+    """Of a data set: "files", those in regions/ below its folder, .npz or .tsv; "grid", crops; of scenes their own.
+
+    most: how many regions of each picture are taken. Raises UserError, with the ways on, where there are no files.
+    """
+    choose("regions", kind, ["files", "grid"])
+    if kind == "grid" or name == "scenes":
+        return data.GridRegions() if kind == "grid" else SceneRegions()
+    folder = folder_of(name, root) / "regions"
+    tables = sorted(folder.glob("*.tsv"))
+    return TsvRegions(tables, most) if tables else NpzRegions(folder, most)
 
 
 class NpzRegions:
@@ -689,6 +695,8 @@ class NpzRegions:
     Keys: features [n, D], boxes [n, 4], image_h, image_w, num_boxes and, for the class probabilities, cls_prob [n, C].
     Objects lie in a second folder of the same name and "_boxes". `most`: only the first regions of each file.
     """
+
+    note = ""
 
     def __init__(self, folder: Path | str, most: int | None = None, n_classes: int | None = None):
         self.folder, self.most, self.n_classes = Path(folder), most, n_classes
@@ -740,11 +748,11 @@ def read_npz(file: Path, n_classes: int | None = None) -> Regions:
 class TsvRegions:
     """The .tsv files of peteanderson80/bottom-up-attention, looked into by an index of their lines, made once.
 
-    They have no class probabilities: a loss that needs them is off. Columns: image_id, image_w, image_h, num_boxes,
+    They have no class probabilities. Columns: image_id, image_w, image_h, num_boxes,
     boxes, features, the last two float32 in base64.
     """
 
-    n_classes = 0
+    note = "these .tsv files hold no class probabilities: a loss that needs them is off"
 
     def __init__(self, files: Sequence[Path | str], most: int | None = None):
         self.files, self.most, self.places = [Path(file) for file in files], most, {}
@@ -780,12 +788,12 @@ class TsvRegions:
 class SceneRegions:
     """What a detector would say of scenes: see scenes.regions."""
 
+    note = ""
+
     def __init__(self, size: int = 64):
         self.size = size
 
     def __call__(self, image_id: int | str, image) -> Regions:
-        import scenes
-
         found = scenes.regions(image, self.size)
         return Regions(found["features"], found["boxes"], (self.size, self.size), found["cls_prob"])
 

@@ -34,17 +34,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
+import scenes
 from common import UserError
-
-if TYPE_CHECKING:
-    import scenes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Items
@@ -178,8 +175,6 @@ def load_image(image: Path | str | scenes.Scene, size: int) -> Image.Image:
     over black, the colour of the padding. Raises BadImage for whatever cannot be read.
     """
     if not isinstance(image, (str, os.PathLike)):
-        import scenes
-
         return scenes.render(image, size)
     try:
         with Image.open(image) as opened:
@@ -298,12 +293,12 @@ class Regions:
         if self.classes is not None and ((self.classes < 0).any() or (self.classes.sum(1) > 1.01).any()):
             raise BadImage(where, "`cls_prob` are no probabilities: below 0, or more than 1 together")
         width, height = self.size
-        x1, y1, x2, y2 = self.boxes.T
-        if (x2 < x1).any() or (y2 < y1).any():
+        limit = np.array([width, height] * 2, dtype=np.float32)
+        if (self.boxes[:, 2:] < self.boxes[:, :2]).any():
             raise BadImage(where, "a box whose right or lower edge comes before the other; boxes are x1, y1, x2, y2")
-        if (np.minimum(x1, y1) < -1).any() or (x2 > width + 1).any() or (y2 > height + 1).any():
+        if (self.boxes < -1).any() or (self.boxes > limit + 1).any():
             raise BadImage(where, f"a box reaches out of the picture of {width:g} x {height:g} by more than a pixel")
-        self.boxes = np.clip(self.boxes, 0, np.array([width, height] * 2, dtype=np.float32))
+        self.boxes = np.clip(self.boxes, 0, limit)
         return self
 
 
@@ -313,7 +308,7 @@ class GridRegions:
     Each crop is resized to 16 x 16 and flattened: features [rows * rows, 768] in 0..1, like those of scenes.
     """
 
-    n_classes = 0
+    note = "regions are a grid of crops, not a detector's: without class probabilities, a loss that needs them is off"
     CROP = 16
 
     def __init__(self, rows: int = 4):
@@ -339,8 +334,6 @@ class GridRegions:
 def object_boxes(item: Choice, size: tuple[int, int]) -> np.ndarray:
     """float32 [objects, 4] of a Choice, from its metadata file, clipped to the picture of `size`. Raises BadImage."""
     if item.metadata is None:
-        import scenes
-
         return scenes.regions(item.images[0], size[0])["boxes"][: len(item.objects)]
     try:
         rows = json.loads(item.metadata.read_text("utf-8"))["boxes"]

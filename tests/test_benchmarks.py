@@ -389,6 +389,12 @@ WRONG = {
     ),
     "an empty question of VQA": ("vqa", Q, lambda f: every(f, question=" "), "not empty"),
     "half a character": ("vqa", Q, lambda f: every(f, question="\ud800"), "half a Unicode character"),
+    "half a character in an answer": (
+        "vqa",
+        A,
+        lambda f: f["annotations"][0]["answers"][2].update(answer="a\ud800"),
+        r"answers\[2\]: `answer` holds half a Unicode character",
+    ),
     "a domain that is no text": (
         "nocaps",
         "nocaps_val_4500_captions.json",

@@ -251,6 +251,21 @@ def test_every_process_knows_the_exact_split(tmp_path, world):
         assert {i: row for i, row in told["gallery"].items()} == {i: [100 * i + k for k in (1, 2, 3)] for i in range(N)}
 
 
+def test_the_majority_is_that_of_train():
+    """Not of the split that is scored: the most frequent answer in the vocabulary, label, and rationale."""
+    items = [data.Example(i, (0,), ("a.jpg",), "is it ?", answers=("no",) * 3 + ("dog",) * 7) for i in range(4)]
+    test = [replace(item, example_id=9 + i, answers=("yes",) * 10) for i, item in enumerate(items)]
+    corpus = data.Corpus("vqa", {"train": items, "test": test}, answers=("yes", "no"))
+    assert scoring.majority(corpus, test) == [dict.fromkeys(range(9, 13), [1])]
+    items = [replace(item, answers=(), label=k) for item, k in zip(items, (1, 0, 1, 1), strict=True)]
+    corpus = data.Corpus("ve", {"train": items, "test": test})
+    assert scoring.majority(corpus, test) == [dict.fromkeys(range(9, 13), [0, 1, 0, 0])]
+    choices = list(load("vcr", n=4).splits["test"])
+    labelled = [replace(item, label=3, rationale_label=2) for item in choices]
+    corpus = data.Corpus("vcr", {"train": labelled, "test": choices})
+    assert [table["0"] for table in scoring.majority(corpus, choices, 2)] == [[0, 0, 0, 1], [0, 0, 1, 0]]
+
+
 def test_class_of_scores():
     assert scoring.class_of([7]) == 7 and scoring.class_of([0.1, 0.9, 0.9]) == 1
 
@@ -259,7 +274,7 @@ def test_result_files_choose_the_form_of_the_task(tmp_path):
     corpus = load("ve", n=6)
     items = list(corpus.splits["test"])
     official.write_example_results(
-        tmp_path, "test", corpus, items, {item.example_id: [0.0, 1.0, 0.5] for item in items}
+        tmp_path, "test", corpus, items, {item.example_id: [1.0, 0.0, 0.5] for item in items}
     )
     rows = [json.loads(line) for line in (tmp_path / "ve_test.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and rows[0] == {"pairID": "0", "label": "neutral"}
+    assert len(rows) == 6 and rows[0] == {"pairID": "0", "label": "contradiction"}

@@ -129,7 +129,7 @@ def test_tsv(tmp_path):
     source = corpora.TsvRegions([tmp_path / "a.tsv", tmp_path / "b.tsv"])
     found = source(7, "x.jpg")
     assert np.array_equal(found.features, features) and np.array_equal(found.boxes, np.array(BOXES, np.float32))
-    assert found.size == (40, 30) and found.classes is None and source.n_classes == 0
+    assert found.size == (40, 30) and found.classes is None and "no class probabilities" in source.note
     assert len(source(1, "somewhere/9.jpg").boxes) == 1 and source(5, "x").features[0, 0] == features[0, 0] + 1
     assert len(corpora.TsvRegions([tmp_path / "a.tsv"], most=2)(7, "x").boxes) == 2
     with pytest.raises(BadImage, match="a.tsv, image 8: not in this file"):
@@ -161,6 +161,25 @@ def test_a_grid_of_crops(tmp_path):
     assert found.locations().tolist() == [[0, 0, 0.5, 0.5, 0.25], [0.5, 0, 1, 0.5, 0.25], [0, 0.5, 0.5, 1, 0.25],
                                           [0.5, 0.5, 1, 1, 0.25]]  # fmt: skip
     assert data.GridRegions()("a.png", tmp_path / "a.png").features.shape == (16, 768)
+
+
+def test_where_regions_come_from(tmp_path, monkeypatch):
+    """Files below the folder of the data set, .npz or .tsv; a grid where asked for; those of scenes."""
+    write(tmp_path / "regions")
+    source = corpora.region_source("files", "coco", tmp_path, most=2)
+    assert len(source(7, "x.jpg").boxes) == 2 and source.note == ""
+    own = corpora.region_source("files", str(tmp_path / "photos.jsonl"))
+    assert isinstance(own, corpora.NpzRegions) and len(own(7, "x.jpg").boxes) == N
+    assert corpora.region_source("files", str(tmp_path)).folder == tmp_path / "regions"
+    (tmp_path / "regions" / "all.tsv").write_text(tsv_line(7, BOXES, np.zeros((N, D))))
+    assert len(corpora.region_source("files", "coco", tmp_path, most=1)(7, "x.jpg").boxes) == 1
+    assert "grid of crops" in corpora.region_source("grid", "coco", tmp_path).note
+    assert isinstance(corpora.region_source("files", "scenes"), corpora.SceneRegions)
+    with pytest.raises(UserError, match="did you mean grid"):
+        corpora.region_source("gird", "coco", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="data/vqa/regions is not there"):
+        corpora.region_source("files", "vqa")
 
 
 def test_regions_of_scenes():

@@ -350,9 +350,7 @@ def parse(argv: list[str]) -> tuple[str, Flags, tuple[int, int]]:
 
 
 def default_folder(name: str, flags: Flags) -> Path:
-    own = Path(name) if Path(name).is_dir() else Path(name).parent
-    root = Path(flags.root or Path("data", name)) if flags.root or name in corpora.NAMES else own
-    return root / ("regions_boxes" if flags.ground_truth else "regions")
+    return corpora.folder_of(name, flags.root) / ("regions_boxes" if flags.ground_truth else "regions")
 
 
 def extract(model, device: str, flags: Flags, files: list[Path], given: list | None, save, progress, bad: list) -> None:
