@@ -542,14 +542,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return known
 
 
-def folder_of(name: str, root: str | None) -> Path | None:
-    """Where its `regions` would lie."""
-    if name in corpora.FOLDERS:
-        return Path(root or Path("data", name))
-    path = Path(name)
-    return None if name == "scenes" else path if path.is_dir() else path.parent
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """-> the exit status."""
     try:
@@ -560,7 +552,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.data != "vqa" and flags.train_on != "train":
             raise UserError(f"--train-on chooses among VQA's questions; {flags.data} has none: leave it out")
         corpus = corpora.load(flags.data, flags.root, train_on=flags.train_on)
-        fine = check(corpus, folder_of(flags.data, flags.root), flags.train_on, flags.decode)
+        folder = None if flags.data == "scenes" else corpora.folder_of(flags.data, flags.root)
+        fine = check(corpus, folder, flags.train_on, flags.decode)
         return 0 if fine else 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
