@@ -357,7 +357,7 @@ class Folders:
 
 def load_nocaps(root: Path) -> Corpus:
     """The validation set as `test`, and as test_in_domain, test_near_domain and test_out_domain where the file says so;
-    `server_test`, whose captions are hidden. There is nothing to train on."""
+    `server_test`, whose captions are hidden. Nothing to train on. HERE[data-8]: each domain is a corpus of its own."""
     splits: dict[str, list[Item]] = {"test": []}
     notes = ["nocaps: its validation set, whose captions are public, serves as test; each domain is scored as a corpus "
              "of its own, document frequencies included, which the official server may do otherwise."]  # fmt: skip
@@ -407,6 +407,7 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
     """train, val, and server_test and server_test_dev, whose answers are hidden. Corpus.answers: by the rule above,
     from train2014 and val2014 whatever is trained on, so that one head fits all.
 
+    HERE[data-2]: questions without an answer that is a class stay in train, with targets of zero.
     train_on: "train": val is val2014. "train+val": val is TDEN's mini-val, the last 3,000 of val2014 by question id,
     and the rest of val2014 is in train. "train+val+vg": Visual Genome's questions besides (vg/ beside or below the
     root).
@@ -551,8 +552,8 @@ def _truth(label: str, where: str) -> int:
 
 
 def load_nlvr1(root: Path) -> Corpus:
-    """Statements about one picture of three boxes. It stands in both places of NLVR2's pair, so that model and head are
-    unchanged; training draws one of the orders of its boxes."""
+    """Statements about one picture of three boxes. HERE[data-3]: it stands in both places of NLVR2's pair, so that
+    model and head are unchanged; training draws one of the orders of its boxes."""
     notes = ["nlvr1: one picture a statement; it stands in both places of the pair."]
     splits = {}
     for split in ("train", "val", "test"):
@@ -619,7 +620,8 @@ NEUTRAL_NAMES = "Casey Riley Jessie Jackie Avery Jaime Peyton Kerry Jody Kendall
 
 
 def tagged_text(tokens: list, objects: Sequence[str], where: str = "") -> Tagged:
-    """VCR's tokens, each a word or a list of object numbers, as words with tags: [[0, 2], "talk"] -> Casey car talk."""
+    """VCR's tokens, each a word or a list of object numbers, as words with tags: [[0, 2], "talk"] -> Casey car talk.
+    HERE[data-7]: "everyone" is a word like any other."""
     words, tags = [], []
     for token in tokens:
         if isinstance(token, str):

@@ -84,6 +84,9 @@ class Tagged:
     def __str__(self) -> str:
         return " ".join(self.words)
 
+    def with_tags(self) -> str:
+        return " ".join(word + f"[{tag}]" * (tag >= 0) for word, tag in zip(self.words, self.tags, strict=True))
+
     def __add__(self, other: Tagged) -> Tagged:
         return Tagged(self.words + other.words, self.tags + other.tags)
 
@@ -303,7 +306,7 @@ class Regions:
 
 
 class GridRegions:
-    """A grid of crops in place of a detector: any picture has regions, but none has a class.
+    """A grid of crops in place of a detector (HERE[data-5]): any picture has regions, but none has a class.
 
     Each crop is resized to 16 x 16 and flattened: features [rows * rows, 768] in 0..1, like those of scenes.
     """
@@ -685,7 +688,7 @@ SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
 def soft_scores(answers: Sequence[str], classes: dict[str, int]) -> list[tuple[int, float]]:
-    """(class, score) of each distinct answer that is a class. The answers count as written: "Two" is not "2"."""
+    """(class, score) of each distinct answer that is a class. HERE[data-1]: as written, so "Two" is no vote for "2"."""
     counts = Counter(answers)
     return [(classes[text], SOFT_SCORES[min(n, 4)]) for text, n in counts.items() if text in classes]
 

@@ -500,8 +500,8 @@ def recalls(scores, owner, folds=None, text_scores=None):
 
     scores: [N images, M texts], array or tensor; owner: [M] index of each text's image. text_scores: another such
     matrix for text -> image, where re-ranking made two. folds: images a fold; each fold of consecutive images is a
-    gallery of its own, and the result the mean over folds (COCO 1K: 1000). Equal scores all stand in the middle of
-    their places, and a place that falls between two numbers counts as the later: two at the top are no R@1."""
+    gallery of its own, and the result the mean over folds (COCO 1K: 1000). HERE[data-4]: equal scores all stand in the
+    middle of their places, and a place between two numbers counts as the later: two at the top are no R@1."""
     scores = torch.as_tensor(scores)
     owner = torch.as_tensor(owner, device=scores.device)
     N, folds, found = len(scores), folds or len(scores), []

@@ -45,7 +45,7 @@ from common import UserError  # noqa: E402
 
 DETECTORS = ("fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn")
 CLASS_HEAD = "roi_heads.box_predictor.cls_score.weight"
-NMS_IOU = 0.3  # bottom-up attention's. --threshold 0.2, 10 to 100 regions are ours; its script: 0.4, and 36 of each
+NMS_IOU = 0.3  # bottom-up attention's. HERE[data-6]: --threshold 0.2, 10 to 100 regions; its script: 0.4, and 36
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import load_image
+from data import Choice, load_image, object_boxes
 from tools import judge
 
 PAPER = (250, 249, 246)
@@ -62,11 +62,23 @@ def draw_examples(path: Path | str, items: list, said: dict, right: dict) -> Non
     """Pictures, or pairs, what was asked, what the model says and what is right; `said` and `right` by example id."""
     pictures, texts = [], []
     for item in items:
-        pictures.append(side_by_side([load_image(image, 200) for image in item.images]))
-        i = item.example_id
+        i, is_choice = item.example_id, isinstance(item, Choice)
+        picture = side_by_side([load_image(image, 200) for image in item.images])
+        pictures.append(with_boxes(picture, object_boxes(item, picture.size)) if is_choice else picture)
         judged = f"{said[i]} [right]" if said[i] == right[i] else f"{said[i]} [it is: {right[i]}]"
-        texts.append([str(getattr(item, "text", "") or item.question), judged])
+        texts.append([item.question.with_tags() if is_choice else item.text, judged])
     contact_sheet(path, pictures, texts)
+
+
+def with_boxes(picture: Image.Image, boxes: np.ndarray) -> Image.Image:
+    """The picture with its boxes [n, 4] and their numbers."""
+    draw = ImageDraw.Draw(picture)
+    width = max(1, max(picture.size) // 150)
+    font = ImageFont.load_default(max(10, max(picture.size) // 14))
+    for i, box in enumerate(boxes.tolist()):
+        draw.rectangle(box, outline="white", width=width)
+        draw.text((box[0] + 2 * width, box[1]), str(i), "white", font, stroke_width=width, stroke_fill="black")
+    return picture
 
 
 def draw_ranking(path: Path | str, items: list, texts: list[str], owner: list[int], scores: np.ndarray, n=16) -> None:
