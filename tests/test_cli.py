@@ -361,3 +361,26 @@ def test_the_main_job_sees(tmp_path):
     shuffled = test["controls"]["shuffled_images"]
     assert test["metrics"]["caption_true"] >= 0.60 and shuffled["caption_true"] <= 0.15
     assert test["metrics"]["CIDEr_D"] >= 3 * shuffled["CIDEr_D"]
+
+
+def test_questions_are_no_captions(tmp_path):
+    from test_benchmarks import write
+
+    with pytest.raises(UserError, match="vqa has no captions, which VC-GPT trains on: choose another --data"):
+        run("--data", "vqa", "--root", write(tmp_path, "vqa"), "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nocaps_is_evaluated(tmp_path, finished):
+    """Its validation set with the domains apart; of the hidden test only a result file. Nothing to train on."""
+    from test_benchmarks import write
+
+    root = write(tmp_path / "nocaps", "nocaps")
+    vcgpt.main(["--eval-only", str(finished[0]), "--data", "nocaps", "--root", str(root), "--out", str(tmp_path / "e"),
+                "--no-official", "--device", "cpu", "--workers", "0"])  # fmt: skip
+    splits = json.loads((tmp_path / "e" / "metrics.json").read_text())["splits"]
+    assert list(splits) == ["test", "test_in_domain", "test_near_domain", "test_out_domain"]
+    rows = json.loads((tmp_path / "e" / "captions_server_test.json").read_text())
+    assert [row["image_id"] for row in rows] == [0, 1]
+    with pytest.raises(UserError, match="nocaps has no training split"):
+        run("--data", "nocaps", "--root", root, "--out", tmp_path / "run")

@@ -145,7 +145,16 @@ def test_captions_of_hidden_and_overlapping_splits(tmp_path):
     items = list(load("caption", n=6).splits["test"])
     hidden = [replace(item, captions=()) for item in items[:2]]
     corpus = data.Corpus("nocaps", {"test": items, "test_in_domain": items[:3], "server_test": hidden})
-    splits, _ = scoring.evaluate_captions(corpus, lambda items: {i.image_id: "a thing" for i in items}, tmp_path)
+    asked = []
+
+    def caption(items):
+        asked.append(len(items))
+        return {item.image_id: "a thing" for item in items}
+
+    hidden = [replace(item, image=scenes.make_scene("tiny", "val", n)) for n, item in enumerate(hidden)]
+    corpus.splits["server_test"] = hidden
+    splits, _ = scoring.evaluate_captions(corpus, caption, tmp_path)
+    assert asked == [6, 2]  # a domain is part of the whole: its captions are known
     assert list(splits) == ["test", "test_in_domain"]
     assert [row["image_id"] for row in json.loads((tmp_path / "captions_server_test.json").read_text())] == [0, 1]
 
