@@ -30,6 +30,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,14 +64,14 @@ def load(name: str, root: str | Path | None = None, task: str = "caption", train
         return load_scenes(task=task, **scenes_options)
     if name in NAMES:
         root = folder_of(name, root)
-        if not root.is_dir():
-            raise UserError(
-                f"{name}: the folder {root} does not exist; put the data there or pass --root "
-                f"(`python data.py where {name}` says where it comes from)"
-            )
         readers = {"vqa": lambda root: load_vqa(root, train_on), "nlvr2": load_nlvr2, "nlvr1": load_nlvr1,
                    "snli_ve": load_snli_ve, "vcr": load_vcr, "nocaps": load_nocaps}  # fmt: skip
-        return readers[name](root) if name in readers else _load_captions(name, root)
+        try:
+            if not root.is_dir():
+                raise UserError(f"{name}: the folder {root} does not exist; put the data there or pass --root")
+            return readers[name](root) if name in readers else _load_captions(name, root)
+        except UserError as error:
+            raise UserError(f"{error}\n`python data.py where {name}` shows the official files and layout") from None
     path = Path(name)
     if path.suffix.lower() in (".jsonl", ".csv") or (path / "captions.txt").is_file():
         return data.load_own(path)
@@ -117,8 +118,8 @@ def _scene_question(scene, index: int) -> Example:
 
 
 def _scene_statement(judged, index: int) -> Example:
-    ids = tuple(scene.index for scene in judged.scenes)
-    return Example(index, ids, judged.scenes, judged.text, judged.label, group=str(judged.group))
+    return Example(index, tuple(scene.index for scene in judged.scenes), judged.scenes, judged.text, judged.label,
+                   group=str(judged.group))  # fmt: skip
 
 
 def _scene_choice(asked, index: int) -> Choice:
@@ -191,19 +192,16 @@ def _load_captions(name: str, root: Path) -> Corpus:
     return Corpus(name, splits, notes)
 
 
-def _load_json(file: Path):
+def _load_json(file: Path, parse=json.loads):
     try:
-        return json.loads(file.read_text("utf-8-sig"))
+        return parse(file.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); download it again") from None
+        raise UserError(f"{file} cannot be read as JSON ({error}); put the official one there") from None
 
 
 def _json_lines(file: Path):
     """(where, value) of each line."""
-    try:
-        return data.json_lines(file.read_text("utf-8-sig"), file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as lines of JSON ({error}); download it again") from None
+    return _load_json(file, lambda text: data.json_lines(text, file))
 
 
 def _read_json(file: Path, *lists: str) -> list[list]:
@@ -365,8 +363,7 @@ def load_nocaps(root: Path) -> Corpus:
              for kind in ("val", "test")}  # fmt: skip
     with_captions = [file for file in files["val"] if "caption" in file.name]
     if not with_captions:
-        found = f"; {files['val'][0].name} has no captions" if files["val"] else ""
-        raise UserError(f"nocaps: no nocaps_val_4500_captions.json in {root} or its annotations/{found}")
+        raise UserError(f"nocaps: no nocaps_val_4500_captions.json in {root} or its annotations/; put it there")
     for kind, file in (("val", with_captions[0]), *(("test", file) for file in files["test"][:1])):
         found = list(_read_coco_form(file, has_captions=kind == "val"))
         rows = [Row(kind, record["id"], kind, record["file_name"], tuple(texts)) for record, texts in found]
@@ -385,8 +382,10 @@ def load_nocaps(root: Path) -> Corpus:
 # ---------------------------------------------------------------------------------------------------------------------
 # VQA v2
 
-SEEN_AT_LEAST = 9  # times as the most frequent of the ten, for an answer to be a class: 3,129 on train + val
-MINI_VAL = 3_000  # TDEN's
+# Times as the most frequent of the ten, for an answer to be a class: 3,129 of them on train + val
+# (hengyuan-hu/bottom-up-attention-vqa:tools/compute_softscore.py; dandelin/ViLT:vilt/utils/write_vqa.py).
+SEEN_AT_LEAST = 9
+MINI_VAL = 3_000  # TDEN's (YehLi/xmodaler:xmodaler/datasets/images/vqa.py)
 
 
 def answer_vocabulary(examples: Sequence[Example], answers: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -423,7 +422,7 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
             frequent += common_answers
             rows += [row for row, _ in parts[name]]
         elif not name.startswith("test"):
-            raise UserError(f"vqa: {questions} is missing; `python data.py where vqa` says where it comes from")
+            raise UserError(f"vqa: {questions} is missing; put it there or pass --root")
     pictures = list(dict.fromkeys(rows))  # several questions are about one
     images = dict(zip(pictures, Folders("vqa", root, notes).resolve(pictures), strict=True))
 
@@ -439,10 +438,10 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
         notes.append(f"vqa: val is TDEN's mini-val, the last {len(val):,} questions of val2014 by id; "
                      "train has the rest.")  # fmt: skip
     if train_on == "train+val+vg":
-        train += _visual_genome_questions(root, vocabulary, {example.image_ids[0] for example in val}, notes)
-    splits = {"train": train, "val": val, "server_test": examples("test2015"),
-              "server_test_dev": examples("test-dev2015")}  # fmt: skip
-    return Corpus("vqa", splits, notes, answers=vocabulary)
+        held_out = {example.image_ids[0] for example in (*val, *examples("test2015"))}
+        train += _visual_genome_questions(root, vocabulary, held_out, notes)
+    hidden = {"server_test": examples("test2015"), "server_test_dev": examples("test-dev2015")}
+    return Corpus("vqa", {"train": train, "val": val, **hidden}, notes, answers=vocabulary)
 
 
 def _read_vqa(questions: Path, annotations: Path | None, folder: str) -> tuple[list, list[str]]:
@@ -480,19 +479,18 @@ def _read_vqa(questions: Path, annotations: Path | None, folder: str) -> tuple[l
 
 
 def _visual_genome_questions(root: Path, vocabulary: tuple[str, ...], held_out: set, notes: list[str]) -> list[Example]:
-    """Visual Genome's questions whose answer is a class, without those about pictures of the val split."""
+    """Visual Genome's, HERE[data-12]: whose answer is a class, without those about COCO's pictures `held_out`."""
     place = next((p for p in (root / "vg", root.parent / "vg") if p.is_dir()), root.parent / "vg")
     files = [next((f for f in (place / name, place / "annotations" / name) if f.is_file()), place / name)
              for name in ("image_data.json", "question_answers.json")]  # fmt: skip
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"vqa: {file} is missing; put Visual Genome's files there, or --train-on train+val")
     images, asked = map(_load_json, files)
     coco = {_fields(record, f"{files[0]}[{number}]", image_id=int)[0]: record.get("coco_id")
             for number, record in enumerate(images)}  # fmt: skip
     folders = [place / name for name in ("images/VG_100K", "images/VG_100K_2", "VG_100K", "VG_100K_2")]
     present = {file.stem: file for folder in folders for file in folder.glob("*.jpg")}
-    known, found, left_out = set(vocabulary), [], 0
+    if not present:
+        raise UserError(f"vqa: no picture of Visual Genome in {' or '.join(map(str, folders[:2]))}; put them there")
+    known, found, left_out, without = set(vocabulary), [], 0, 0
     for number, record in enumerate(asked):
         for row in _fields(record, f"{files[1]}[{number}]", qas=list)[0]:
             number_of, image_id, question, answer = _fields(row, f"{files[1]}[{number}], qas", qa_id=int, image_id=int,
@@ -500,11 +498,13 @@ def _visual_genome_questions(root: Path, vocabulary: tuple[str, ...], held_out: 
             text = data.normalise_answer(answer)
             if coco.get(image_id) in held_out:
                 left_out += 1
-            elif text in known and str(image_id) in present:
+            elif str(image_id) not in present:
+                without += 1
+            elif text in known:
                 found.append(Example(f"vg-{number_of}", (f"vg-{image_id}",), (present[str(image_id)],), question,
                                      answers=(text,) * 10, kinds=("other", "vg")))  # fmt: skip
-    notes.append(f"vqa: {len(found):,} questions of Visual Genome are in train, {left_out:,} about pictures of val "
-                 "are left out.")  # fmt: skip
+    notes.append(f"vqa: {len(found):,} questions of Visual Genome are in train; {left_out:,} about pictures of val and "
+                 f"test and {without:,} whose picture is not there are not.")  # fmt: skip
     return found
 
 
@@ -558,8 +558,6 @@ def load_nlvr1(root: Path) -> Corpus:
     splits = {}
     for split in ("train", "val", "test"):
         file, rows, told = root / f"{split}.jsonl", [], []
-        if not file.is_file():
-            raise UserError(f"nlvr1: {file} is missing; pass --root")
         for where, record in _json_lines(file):
             identifier, sentence, label, images = _fields(record, where, identifier=str, sentence=str, label=str,
                                                           images=list)  # fmt: skip
@@ -581,7 +579,8 @@ def load_nlvr1(root: Path) -> Corpus:
 # ---------------------------------------------------------------------------------------------------------------------
 # SNLI-VE
 
-ENTAILMENT = ("contradiction", "neutral", "entailment")  # classes 0, 1, 2, here and everywhere (as ALBEF and METER)
+# Classes 0, 1, 2 everywhere (salesforce/ALBEF:dataset/ve_dataset.py; zdou0830/METER:meter/utils/write_snli.py).
+ENTAILMENT = ("contradiction", "neutral", "entailment")
 
 
 def load_snli_ve(root: Path) -> Corpus:
@@ -590,8 +589,6 @@ def load_snli_ve(root: Path) -> Corpus:
     splits, notes, n_undecided = {}, [], 0
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
         file = root / f"snli_ve_{name}.jsonl"
-        if not file.is_file():
-            raise UserError(f"snli_ve: {file} is missing; `python data.py where snli_ve` says where it comes from")
         rows, told = [], []
         for where, record in _json_lines(file):
             image_id, pair_id, gold, text = _fields(record, where, Flickr30K_ID=str, pairID=str, gold_label=str,
@@ -615,7 +612,8 @@ def load_snli_ve(root: Path) -> Corpus:
 # ---------------------------------------------------------------------------------------------------------------------
 # VCR
 
-# Persons are called by names that say nothing about them, the n-th object by name n modulo 13 (TDEN's list).
+# Persons are called by names that say nothing about them. The list is TDEN's (YehLi/TDEN:datasets/vcr_dataset.py);
+# HERE[data-9]: object n has name n modulo 13, and several objects of one tag follow one another.
 NEUTRAL_NAMES = "Casey Riley Jessie Jackie Avery Jaime Peyton Kerry Jody Kendall Frankie Pat Quinn".split()
 
 
@@ -645,7 +643,7 @@ def load_vcr(root: Path) -> Corpus:
         if not file.is_file():
             if name == "test":
                 continue
-            raise UserError(f"vcr: {file} is missing; `python data.py where vcr` says where it comes from")
+            raise UserError(f"vcr: {file} is missing; put it there or pass --root")
         rows, told = [], []
         for where, record in _json_lines(file):
             annot_id, img_id, img_fn, metadata_fn, objects, *texts = _fields(
@@ -687,12 +685,22 @@ def region_source(kind: str, name: str, root: str | Path | None = None, most: in
     if kind == "grid" or name == "scenes":
         return data.GridRegions() if kind == "grid" else SceneRegions()
     folder = folder_of(name, root) / "regions"
+    if name == "vqa" and not folder.is_dir() and (coco := folder_of(name, root) / "../coco/regions").is_dir():
+        folder = coco  # the same pictures under the same ids
     tables = sorted(folder.glob("*.tsv"))
     return TsvRegions(tables, most) if tables else NpzRegions(folder, most)
 
 
+def region_names(image_id: int | str, image) -> list[str]:
+    """How files may call a picture's regions. An id that is text, like vg-9, could be mistaken for another's name."""
+    if not isinstance(image, str | os.PathLike):
+        return [str(image_id)]
+    path = Path(image)
+    return [str(image_id), f"{path.parent.name}/{path.stem}", *([path.stem] if isinstance(image_id, int) else [])]
+
+
 class NpzRegions:
-    """One .npz a picture, named by its image id or else by its file (YehLi/xmodaler:tools/generate_npz.py).
+    """One .npz a picture, see region_names (YehLi/xmodaler:tools/generate_npz.py).
 
     Keys: features [n, D], boxes [n, 4], image_h, image_w, num_boxes and, for the class probabilities, cls_prob [n, C].
     Objects lie in a second folder of the same name and "_boxes". `most`: only the first regions of each file.
@@ -703,10 +711,8 @@ class NpzRegions:
     def __init__(self, folder: Path | str, most: int | None = None, n_classes: int | None = None):
         self.folder, self.most, self.n_classes = Path(folder), most, n_classes
         if not self.folder.is_dir():
-            raise UserError(
-                f"no region files: {self.folder} is not there. Two ways on: `python tools/regions.py` extracts them, "
-                "and --regions grid does without a detector"
-            )
+            raise UserError(f"no region files: {self.folder} is not there. Two ways on: `python tools/regions.py` "
+                            "extracts them, and --regions grid does without a detector")  # fmt: skip
 
     def __call__(self, image_id: int | str, image) -> Regions:
         return self._read(self.folder, image_id, image)
@@ -715,9 +721,7 @@ class NpzRegions:
         return self._read(self.folder.with_name(self.folder.name + "_boxes"), item.image_ids[0], item.images[0])
 
     def _read(self, folder: Path, image_id, image) -> Regions:
-        files = [folder / f"{image_id}.npz"]
-        if "/" not in str(image_id):  # own pictures of two sub-folders may share a name
-            files.append(folder / f"{Path(str(image)).stem}.npz")
+        files = [folder / f"{name}.npz" for name in region_names(image_id, image)]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise BadImage(files[0], "no such region file; `python tools/regions.py` writes those that are missing")
@@ -748,7 +752,7 @@ def read_npz(file: Path, n_classes: int | None = None) -> Regions:
 
 
 class TsvRegions:
-    """The .tsv files of peteanderson80/bottom-up-attention, looked into by an index of their lines, made once.
+    """The .tsv files of peteanderson80/bottom-up-attention, by an index of their lines, made anew at every start.
 
     They have no class probabilities. Columns: image_id, image_w, image_h, num_boxes,
     boxes, features, the last two float32 in base64.
@@ -766,7 +770,7 @@ class TsvRegions:
                     start += len(line)
 
     def __call__(self, image_id: int | str, image) -> Regions:
-        key = next((key for key in (str(image_id), Path(str(image)).stem) if key in self.places), None)
+        key = next((key for key in region_names(image_id, image) if key in self.places), None)
         if key is None:
             raise BadImage(f"{self.files[0]}, image {image_id}", "not in this file; download all parts of the set")
         file, start = self.places[key]
@@ -787,13 +791,12 @@ class TsvRegions:
         raise UserError("regions of VCR's objects do not come as .tsv; write .npz files with tools/regions.py")
 
 
+@dataclass
 class SceneRegions:
-    """What a detector would say of scenes: see scenes.regions."""
+    """What a detector would say of scenes drawn at size x size: see scenes.regions."""
 
+    size: int = 64
     note = ""
-
-    def __init__(self, size: int = 64):
-        self.size = size
 
     def __call__(self, image_id: int | str, image) -> Regions:
         found = scenes.regions(image, self.size)

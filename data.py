@@ -12,7 +12,7 @@ Pixels stay uint8 until they are on the device (a quarter of the traffic); each 
 Everything random is drawn from (seed, epoch, index), never from a worker's own generator, so the number of workers and
 the point at which a run was resumed change nothing.
 
-Reading map: items | pictures | words | samples | batches | order | loaders | own data.
+Reading map: items | pictures | regions | words | samples | batches | order | loaders | own data.
 """
 
 from __future__ import annotations
@@ -84,11 +84,6 @@ class Tagged:
     def __str__(self) -> str:
         return " ".join(self.words)
 
-    def with_tags(self) -> str:
-        return " ".join(word + f"[{tag}]" * (tag >= 0) for word, tag in zip(self.words, self.tags, strict=True))
-
-    def __add__(self, other: Tagged) -> Tagged:
-        return Tagged(self.words + other.words, self.tags + other.tags)
 
 
 @dataclass(frozen=True)
@@ -106,17 +101,17 @@ class Choice:
     objects: tuple[str, ...]  # class names; tags and boxes go by this order
     metadata: Path | None = None  # the JSON file with the boxes; None: the picture is a scene, which knows them
 
-    def asked(self, task: str, answer: int | None = None) -> tuple[Tagged, tuple[Tagged, ...], int | None]:
-        """(what stands before [SEP], the four that may follow, the right one's index) of task "qa" or "qar".
+    def asked(self, task: str, answer: int | None = None) -> tuple[tuple[Tagged, ...], tuple[Tagged, ...], int | None]:
+        """(parts of what is asked, the four that may follow, the right one's index) of task "qa" or "qar".
 
         Rationales are given the right answer, or answer number `answer`, as a server that knows the labels wants it.
         """
         if task == "qa":
-            return self.question, self.answers, self.label
+            return (self.question,), self.answers, self.label
         given = self.label if answer is None else answer
         if given is None:
             raise UserError(f"{self.example_id}: its right answer is hidden, so say which one the rationales are given")
-        return self.question + self.answers[given], self.rationales, self.rationale_label
+        return (self.question, self.answers[given]), self.rationales, self.rationale_label
 
 
 @dataclass
@@ -136,13 +131,12 @@ class Corpus:
         if self.finally_evaluated()[:1] in (["val"], ["train"]):
             instead = "val, which also chooses `best`," if "val" in self.splits else "train"
             self.notes.append(f"{self.name} has no test split with labels: {instead} is evaluated instead.")
-        if "val" not in self.splits:
+        if "val" not in self.splits and "train" in self.splits:
             self.notes.append(f"{self.name} has no val split: `best` is `last`, and choices are made on train.")
 
     def of(self, kind: type, wanted: str) -> Corpus:
         """Itself, where its samples are of this kind; else UserError, which says what is wanted instead."""
-        found = next(iter(self.splits.values()), None)
-        if found is not None and not isinstance(found[0], kind):
+        if not all(isinstance(items[0], kind) for items in self.splits.values()):
             raise UserError(f"{self.name} has no {wanted}: choose another --data or another --task")
         return self
 
@@ -274,8 +268,7 @@ class Regions:
 
     def first(self, n: int) -> Regions:
         """The first n in the order of the file."""
-        classes = None if self.classes is None else self.classes[:n]
-        return Regions(self.features[:n], self.boxes[:n], self.size, classes)
+        return Regions(self.features[:n], self.boxes[:n], self.size, None if self.classes is None else self.classes[:n])
 
     def checked(self, where: Path | str, n_classes: int | None = None) -> Regions:
         """Itself with boxes clipped to the picture, or BadImage that says what is wrong."""
@@ -312,7 +305,7 @@ class GridRegions:
     """
 
     note = "regions are a grid of crops, not a detector's: without class probabilities, a loss that needs them is off"
-    CROP = 16
+    CROP = (16, 16)
 
     def __init__(self, rows: int = 4):
         self.rows = rows
@@ -328,8 +321,7 @@ class GridRegions:
         return self._crops(picture, object_boxes(item, picture.size))
 
     def _crops(self, picture: Image.Image, boxes: np.ndarray) -> Regions:
-        side = (self.CROP, self.CROP)
-        crops = [picture.resize(side, Image.Resampling.BILINEAR, box=tuple(map(float, box))) for box in boxes]
+        crops = [picture.resize(self.CROP, Image.Resampling.BILINEAR, box=tuple(map(float, box))) for box in boxes]
         features = np.stack([np.asarray(crop, dtype=np.float32).reshape(-1) / 255 for crop in crops])
         return Regions(features, boxes.astype(np.float32), picture.size)
 
@@ -562,7 +554,7 @@ class Samples(Dataset):
             return {"regions": self.regions(image_id, image)}
         augment = self.augment if self.train else "none"
         if augment == "crop+flip" and any(SIDES.search(text) for text in said):
-            augment = "crop"  # mirrored, "left of" would be false
+            augment = "crop"  # HERE[data-11]: mirrored, "left of" would be false
         return {"pixels": to_pixels(load_image(image, self.size), self.size, augment, rng)}
 
     def __getitems__(self, keys: list) -> list[dict]:
@@ -626,7 +618,7 @@ class Examples(Samples):
             if self.regions is not None:
                 raise UserError("pairs of pictures are not read as regions; leave out --regions")
             seen[0] = {"pixels": torch.stack([one["pixels"] for one in seen])}
-        ids = self.tokenizer.encode(clean_caption(item.text), self.max_len)
+        ids = self.tokenizer.encode(clean_caption(item.text), self.max_len)  # HERE[data-10]
         label = -100 if item.label is None else item.label
         return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen[0], "texts": [[ids]],
                 "label": label, "soft": soft_scores(item.answers, self.classes)}  # fmt: skip
@@ -636,10 +628,10 @@ class Choices(Samples):
     """Choices as samples of task "qa" or "qar": {"example_id", "image_id", "pixels" or "regions" and "objects",
     "texts", "tags", "label"}.
 
-    texts: four, each of two parts (what is asked, what may follow), together cut to `max_len`, the longer part first.
-    tags: of each token the object it names, or -1. objects: Regions of the objects, where `regions` is given; cropping
-    would move the boxes away from the picture, so there is no augmentation. `answer`: which answer the rationales are
-    given, None for the right one.
+    texts: four, each the parts of what is asked and one that may follow, cut to `max_len` together. tags: of each token
+    the object it names, or -1. objects: Regions of the objects, where `regions` is given; cropping would move the boxes
+    away from the picture, so there is no augmentation. `answer`: which answer the rationales are given, None for the
+    right one.
     """
 
     def __init__(self, items: Sequence[Choice], *rest, task: str = "qa", answer: int | None = None, **more):
@@ -648,11 +640,11 @@ class Choices(Samples):
 
     def sample(self, item: Choice, rng: random.Random) -> dict:
         asked, choices, label = item.asked(self.task, self.answer)
-        rows = [_cut_pair(self._encode(asked), self._encode(choice), self.max_len) for choice in choices]
+        rows = [_cut([self._encode(text) for text in (*asked, choice)], self.max_len) for choice in choices]
         seen = self.see(item.image_ids[0], item.images[0], (), rng)
         if self.regions is not None:
             seen["objects"] = self.regions.of_objects(item)
-        return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen, "soft": [],
+        return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen,
                 "texts": [[[i for i, _ in part] for part in row] for row in rows],
                 "tags": [[[tag for _, tag in part] for part in row] for row in rows],
                 "label": -100 if label is None else label}  # fmt: skip
@@ -663,13 +655,18 @@ class Choices(Samples):
         return [(i, tag) for n, (word, tag) in words for i in self.tokenizer.encode(" " * bool(n) + word.lower())]
 
 
-def _cut_pair(first: list, second: list, most: int | None) -> tuple[list, list]:
-    """Both shortened to `most` tokens together: the last token of the longer one goes, again and again."""
-    excess = max(0, len(first) + len(second) - most) if most else 0
-    longer = min(excess, max(0, len(first) - len(second)))  # what only the first has too much
-    rest = min(excess, max(0, len(second) - len(first)))
-    even = excess - longer - rest
-    return (first[: len(first) - longer - even // 2], second[: len(second) - rest - (even + 1) // 2])
+def _cut(parts: list[list], most: int | None) -> list[list]:
+    """Shortened to `most` tokens together, from the ends (YehLi/xmodaler:xmodaler/datasets/images/vcr.py).
+
+    Question and answer: the longer loses one, the question where they are equal. Before a rationale: the rationale
+    while it is longer than both, then the question down to one token, then the answer.
+    """
+    *asked, last = parts
+    while most and sum(map(len, parts)) > most:
+        is_long = len(last) > sum(map(len, asked))
+        rest = asked[0] if len(asked) == 1 or len(asked[0]) > 1 else asked[1]
+        (last if is_long or not rest else rest).pop()
+    return parts
 
 
 def ids_of(item: Item | Example | Choice) -> tuple[int | str, ...]:
@@ -734,13 +731,14 @@ def collate(samples: list[dict], bos: int, eos: int, pad: int, n_classes: int = 
 
 
 def pad_texts(rows: list[list[list[int]]], bos: int, eos: int, pad: int) -> dict[str, torch.Tensor]:
-    """Texts of one or two parts as token ids without special tokens -> tensors [len(rows), T], T = the longest.
+    """Texts of one or more parts as token ids without special tokens -> tensors [len(rows), T], T = the longest.
 
-    ids int64: bos part eos [part eos], padded on the right; segments int64: 0, of the second part and its eos 1;
-    keep_mask bool: True = real.
+    ids int64: bos part eos [part eos ...], padded on the right; segments int64: 0, of the last of several parts and its
+    eos 1; keep_mask bool: True = real.
     """
     flat = [[bos, *(i for part in row for i in (*part, eos))] for row in rows]
-    second = [[0] * (len(row[0]) + 2) + [1] * (len(row[1]) + 1 if len(row) > 1 else 0) for row in rows]
+    ends = [(len(row[-1]) + 1) * (len(row) > 1) for row in rows]
+    second = [[0] * (len(ids) - end) + [1] * end for ids, end in zip(flat, ends, strict=True)]
     length = max(map(len, flat))
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in flat])
     segments = torch.tensor([row + [0] * (length - len(row)) for row in second])

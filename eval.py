@@ -400,7 +400,7 @@ def vqa_forms(prediction, answers):
     from data import normalise_answer
 
     texts = [text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)]
-    if len(set(texts[1:])) > 1:  # OFFICIAL: of unanimous answers every letter counts
+    if len(set(texts[1:])) > 1:  # OFFICIAL: unanimous answers are compared raw, capitals included
         texts = [normalise_answer(text) for text in texts]
     return texts[0], texts[1:]
 
@@ -657,12 +657,12 @@ def sample(decoder, B, bos, eos, max_new, generator, temperature=1.0, top_k=0, t
 def caption_split(decode, loader):
     """dict image_id -> caption of a whole split, the same on every process.
 
-    decode: pixels uint8 [B, 3, S, S] -> B captions. loader: batches with "image_id" (list of B) and "pixels". Each
-    process brings its share of the images; the set is exact: a picture that two processes saw has its id only once.
+    decode: batch of B pictures -> B captions. loader: batches with "image_id" (list of B). Each process brings its
+    share of the images; the set is exact: a picture that two processes saw has its id only once.
     """
     captions = {}
     for batch in loader:
-        captions.update(zip(batch["image_id"], decode(batch["pixels"]), strict=True))
+        captions.update(zip(batch["image_id"], decode(batch), strict=True))
     return dict(common.gather_lists(list(captions.items())))
 
 
@@ -713,13 +713,13 @@ def evaluate_captions(corpus, caption_items, folder, is_main=True, official=True
         columns |= {split: splits[split]["metrics"], f"{split}, shuffled": controls["shuffled_images"]}
         if split != tests[0]:
             continue
-        train = corpus.splits.get("train", items)
-        constant = best_constant_caption(
-            [text for item in train[:3000] for text in item.captions],
-            {item.image_id: item.captions for item in corpus.splits.get("val", train)[:500]},
-        )
-        columns["constant"] = score_captions(items, dict.fromkeys(ids, constant))
-        controls["constant_caption"] = {**columns["constant"], "caption": constant}
+        if train := corpus.splits.get("train"):  # chosen on the test's own references it would be no control
+            constant = best_constant_caption(
+                [text for item in train[:3000] for text in item.captions],
+                {item.image_id: item.captions for item in corpus.splits.get("val", train)[:500]},
+            )
+            columns["constant"] = score_captions(items, dict.fromkeys(ids, constant))
+            controls["constant_caption"] = {**columns["constant"], "caption": constant}
         if official and not hasattr(items[0].image, "objects"):  # scenes have a judge of their own
             found, notes = programs.official_caption_metrics(hyps, {item.image_id: item.captions for item in items})
             splits[split] |= {"official": found, "official_notes": notes}
@@ -738,6 +738,7 @@ def predict_split(score, loader):
     found = {}
     for batch in loader:
         scores = score(batch).float()
+        assert scores.shape[1] > 1, "a score for each class: of one logit nothing can be the best"
         kept = scores if scores.shape[1] <= 4 else scores.argmax(1, keepdim=True)
         found.update(zip(batch["example_id"], kept.tolist(), strict=True))
     return dict(common.gather_lists(list(found.items())))
@@ -776,16 +777,18 @@ def score_examples(corpus, items, found, rationales=None):
 
 
 def with_other_pictures(items):
-    """The same texts about permuted pictures, for the shuffled-images control; Choices among those with as many
-    objects, so that every tag still names one."""
-    groups, other = {}, {}
+    """The same texts about permuted pictures, for the shuffled-images control; Choices among pictures with as many
+    objects, so that every tag still names one. A picture that is alone there keeps its texts."""
+    groups, donors, result = {}, {}, []
     for item in items:
-        groups.setdefault(len(getattr(item, "objects", ())), []).append(item)
+        groups.setdefault(len(getattr(item, "objects", ())), {})[item.image_ids] = item
     for group in groups.values():
-        for item, donor in zip(group, [group[k] for k in shuffled(list(range(len(group))))], strict=True):
-            names = {"images", "image_ids", "metadata", "others"} & set(item.__dataclass_fields__)
-            other[item.example_id] = dataclasses.replace(item, **{name: getattr(donor, name) for name in names})
-    return [other[item.example_id] for item in items]
+        donors |= dict(zip(group, [group[ids] for ids in shuffled(list(group))], strict=True))
+    for item in items:
+        names = {"images", "image_ids", "metadata", "others"} & set(item.__dataclass_fields__)
+        donor = donors[item.image_ids]
+        result.append(dataclasses.replace(item, **{name: getattr(donor, name) for name in names}))
+    return result
 
 
 def evaluate_examples(corpus, predict, folder, is_main=True):
@@ -799,6 +802,8 @@ def evaluate_examples(corpus, predict, folder, is_main=True):
     from tools import sheets
 
     splits, columns, tests = {}, {}, corpus.finally_evaluated()
+    if corpus.name in ("nlvr2", "snli_ve") and "val" in corpus.splits:
+        tests.append("val")  # dev, which papers report beside test
 
     def ask(items):
         if not hasattr(items[0], "rationales"):
@@ -819,11 +824,11 @@ def evaluate_examples(corpus, predict, folder, is_main=True):
             continue
         metrics, said, right = score_examples(corpus, items, *told)
         controls = {"shuffled_images": score_examples(corpus, items, *blind)[0]}
-        usual = majority(corpus, items, len(told))
-        controls["majority"] = score_examples(corpus, items, *usual)[0]
+        if "train" in corpus.splits:
+            controls["majority"] = score_examples(corpus, items, *majority(corpus, items, len(told)))[0]
         splits[split] = {"metrics": metrics, "controls": controls}
-        columns |= {split: metrics, f"{split}, shuffled": controls["shuffled_images"]}
-        columns |= {f"{split}, majority": controls["majority"]}
+        names = {"shuffled_images": "shuffled"}
+        columns |= {split: metrics, **{f"{split}, {names.get(name, name)}": found for name, found in controls.items()}}
         if len(told) == 1:
             files.write_example_results(folder, split, corpus, items, *told)
         if split == tests[0]:
@@ -832,12 +837,12 @@ def evaluate_examples(corpus, predict, folder, is_main=True):
 
 
 def majority(corpus, items, n_tables=1):
-    """As many tables as `score_examples` takes, for a program that gives the most frequent answer of train to all."""
-    train = corpus.splits.get("train", items)[:5000]
-    tables = []
+    """As many tables as `score_examples` takes, for a program that gives to all what is most frequent in the first
+    5,000 of train."""
+    train, known, tables = corpus.splits["train"][:5000], set(corpus.answers), []
     for name in ("label", "rationale_label")[:n_tables]:
         if corpus.answers:
-            usual = Counter(answer for item in train for answer in item.answers if answer in corpus.answers)
+            usual = Counter(answer for item in train for answer in item.answers if answer in known)
             scores = [corpus.answers.index(usual.most_common(1)[0][0])]
         else:
             best = Counter(getattr(item, name) for item in train).most_common(1)[0][0]

@@ -853,9 +853,9 @@ def caption_all(cfg: Config, model: VCGPT, items, machine, beam: int, temperatur
     loader = data.eval_loader(pictures, 100, machine.workers, machine.rank, machine.processes)
     luck = torch.Generator(machine.device).manual_seed(cfg.seed * machine.processes + machine.rank)
 
-    def decode(pixels):
+    def decode(batch):
         with machine.autocast():
-            return generate(model, pixels, beam, temperature, luck)
+            return generate(model, batch["pixels"], beam, temperature, luck)
 
     return scoring.caption_split(decode, loader)
 

@@ -199,6 +199,7 @@ def test_vqa_with_visual_genome(tmp_path):
     assert [example.example_id for example in added] == ["vg-10", "vg-30"]  # 2 is a picture of val, 4 has no file
     assert data.soft_scores(added[0].answers, {"yes": 0}) == [(0, 1.0)]
     assert any("2 questions of Visual Genome" in note and "2 about pictures of val" in note for note in corpus.notes)
+    assert any("and 2 whose picture is not there" in note for note in corpus.notes)
     (vg / "question_answers.json").write_text('[{"id": 1}]')
     with pytest.raises(UserError, match="`qas` must be a list, but it is missing"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
@@ -206,7 +207,7 @@ def test_vqa_with_visual_genome(tmp_path):
     with pytest.raises(UserError, match="question_answers.json cannot be read as JSON"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
     (vg / "image_data.json").unlink()
-    with pytest.raises(UserError, match="image_data.json is missing; put Visual Genome's files there"):
+    with pytest.raises(UserError, match="image_data.json cannot be read"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
 
 
@@ -291,10 +292,10 @@ def test_vcr(tmp_path):
     assert str(item.answers[1]) == "car answers 1" and item.answers[2].tags == (2, -1, -1)
     assert (item.label, item.rationale_label, item.objects) == (2, 3, ("person", "car", "person"))
     asked, choices, label = item.asked("qar")
-    assert str(asked) == "Why is Casey Jessie near car ? Jessie answers 2" and label == 3
-    assert choices == item.rationales and item.asked("qa") == (item.question, item.answers, 2)
+    assert [*map(str, asked)] == ["Why is Casey Jessie near car ?", "Jessie answers 2"] and label == 3
+    assert choices == item.rationales and item.asked("qa") == ((item.question,), item.answers, 2)
     hidden = corpus.splits["server_test"][0]
-    assert hidden.label is None and str(hidden.asked("qar", 3)[0]).endswith("Casey answers 3")
+    assert hidden.label is None and str(hidden.asked("qar", 3)[0][1]) == "Casey answers 3"
     with pytest.raises(UserError, match="test-0: its right answer is hidden"):
         hidden.asked("qar")
 
@@ -509,7 +510,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     write(tmp_path, name)
     for file in FILES[name]():
         (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=f"{name}: .*(missing|no nocaps|none of data)"):
+    with pytest.raises(UserError, match=f"(missing|cannot be read|no nocaps|none of data)(.|\n)*data.py where {name}"):
         corpora.load(name, tmp_path)
     with pytest.raises(UserError, match=f"data.py where {name}"):
         corpora.load(name, tmp_path / "elsewhere")
@@ -611,19 +612,28 @@ def test_pictures_with_sides_in_their_text_are_not_mirrored(tmp_path, tokenizer)
     assert right_is_white(replace(example, answers=("right",) * 10)) == {True}
 
 
+def parts_of(tokenizer, ids):
+    """Texts between the special tokens; the last token must be one."""
+    parts = [[]]
+    for i in ids.tolist():
+        parts.append([]) if i == tokenizer.eos else parts[-1].append(i)
+    assert parts.pop() == []
+    return [tokenizer.backend.decode(part).strip() for part in parts if part]
+
+
 def test_batches_of_choices(tmp_path, tokenizer):
     corpus = corpora.load("vcr", write(tmp_path, "vcr"))
     items = corpus.splits["train"]
-    for task, label, asked in (("qa", 2, "why is casey jessie near car ?"),
-                               ("qar", 3, "why is casey jessie near car ? jessie answers 2")):  # fmt: skip
+    question = "why is casey jessie near car ?"
+    for task, label, asked in (("qa", 2, [question]), ("qar", 3, [question, "jessie answers 2"])):
         _, (batch,) = batches(items, tokenizer, data.Choices, task=task)
         assert batch["ids"].shape[0] == 8 and batch["labels"].tolist() == [label] * 2
         choices = items[0].asked(task)[1]
         for row, choice in zip(range(4), choices, strict=True):
             ids, segments = batch["ids"][row], batch["segments"][row]
             real = batch["keep_mask"][row]
-            assert tokenizer.decode(ids[real & (segments == 0)][1:]) == asked
-            assert tokenizer.decode(ids[real & (segments == 1)]) == str(choice).lower()
+            assert parts_of(tokenizer, ids[real & (segments == 0)]) == asked  # an end token after each
+            assert parts_of(tokenizer, ids[real & (segments == 1)]) == [str(choice).lower()]
             assert segments[real][-1] == 1 and not segments[~real].any()
         tags = batch["tags"][0]
         assert tags[0] == -1  # of bos
@@ -640,17 +650,19 @@ def test_rationales_after_any_answer(tmp_path, tokenizer):
     for answer in range(4):
         _, (batch,) = batches(corpus.splits["server_test"], tokenizer, data.Choices, task="qar", answer=answer)
         first = batch["ids"][0][batch["keep_mask"][0] & (batch["segments"][0] == 0)]
-        assert tokenizer.decode(first[1:]).endswith(f"answers {answer}") and batch["labels"].tolist() == [-100]
+        assert parts_of(tokenizer, first)[1].endswith(f"answers {answer}") and batch["labels"].tolist() == [-100]
 
 
-def test_the_longer_part_is_cut_first():
-    cut = data._cut_pair
-    assert cut([1] * 9, [2] * 3, 8) == ([1] * 5, [2] * 3) and cut([1] * 2, [2] * 9, 8) == ([1] * 2, [2] * 6)
-    assert [len(part) for part in cut([1] * 9, [2] * 6, 7)] == [4, 3] and cut([1], [2], None) == ([1], [2])
-    for first in range(9):
-        for second in range(9):
-            for most in range(1, 18):
-                a, b = [0] * first, [0] * second
-                while len(a) + len(b) > most:
-                    (b if len(b) >= len(a) else a).pop()
-                assert tuple(map(len, cut([0] * first, [0] * second, most))) == (len(a), len(b))
+def test_what_is_cut_first():
+    """Question and answer: the longer, on a tie the question. Rationale: it, while longer than both; then the question
+    down to one token, then the answer."""
+
+    def cut(*lengths):
+        *lengths, most = lengths
+        return [len(part) for part in data._cut([[n] * n for n in lengths], most)]
+
+    assert cut(9, 3, 8) == [5, 3] and cut(2, 9, 8) == [2, 6] and cut(5, 5, 9) == [4, 5] and cut(9, 6, 7) == [3, 4]
+    assert cut(1, 2, None) == [1, 2] and cut(1, 2, 3) == [1, 2] and cut(3, 0, 2) == [2, 0]
+    assert cut(4, 3, 12, 15) == [4, 3, 8] and cut(4, 3, 12, 14) == [4, 3, 7]
+    assert cut(4, 3, 12, 12) == [3, 3, 6] and cut(4, 3, 12, 6) == [1, 2, 3] and cut(1, 1, 0, 1) == [1, 0, 0]
+    assert data._cut([[1, 2], [3, 4, 5]], 3) == [[1], [3, 4]]  # from the ends

@@ -25,8 +25,8 @@ def batches(rank, world):
         yield {"image_id": ids, "pixels": torch.tensor(ids, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)}
 
 
-def decode(pixels):
-    return [f"picture number {int(p[0, 0, 0])}" for p in pixels]
+def decode(batch):
+    return [f"picture number {int(p[0, 0, 0])}" for p in batch["pixels"]]
 
 
 def process(rank, world, folder, port):

@@ -444,8 +444,8 @@ def test_samples_follow_the_model():
 # Evaluators
 
 
-def decode_mean(pixels):
-    return [f"caption {p.float().mean().item():.0f}" for p in pixels]
+def decode_mean(batch):
+    return [f"caption {p.float().mean().item():.0f}" for p in batch["pixels"]]
 
 
 def batches(*groups):

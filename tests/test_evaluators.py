@@ -164,7 +164,7 @@ def test_other_pictures():
     items = list(load("vcr", n=40).splits["test"])
     others = scoring.with_other_pictures(items)
     assert [item.example_id for item in others] == [item.example_id for item in items]
-    assert sorted(item.image_ids for item in others) == sorted(item.image_ids for item in items)
+    assert {item.image_ids for item in others} == {item.image_ids for item in items}
     for item, other in zip(items, others, strict=True):
         assert len(other.images[0].objects) == len(item.images[0].objects) and other.question == item.question
     assert sum(item.images == other.images for item, other in zip(items, others, strict=True)) == 0

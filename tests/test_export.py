@@ -526,16 +526,19 @@ def test_batches_of_choices(made, task):
     assert batch["labels"].tolist() == [q.label if task == "qa" else q.rationale_label for q in asked[:4]]
     for row, (ids, tags) in enumerate(zip(batch["ids"], batch["tags"], strict=True)):
         q = asked[row // 4]
-        before = q.question if task == "qa" else q.question + q.answers[q.label]
-        after = (q.answers if task == "qa" else q.rationales)[row % 4]
-        named = [tag for tag in flat(before + after)[1] if tag >= 0]
+        texts = [q.question] if task == "qa" else [q.question, q.answers[q.label]]
+        texts.append((q.answers if task == "qa" else q.rationales)[row % 4])
+        named = [tag for text in texts for tag in flat(text)[1] if tag >= 0]
         assert words.decode(ids[tags >= 0]).replace(" ", "") == "object" * len(named)  # the very tokens that name one
         assert tags[tags >= 0].tolist() == [
-            tag for text in (before, after) for n, (word, tag) in enumerate(zip(*flat(text), strict=True))
+            tag for text in texts for n, (word, tag) in enumerate(zip(*flat(text), strict=True))
             for _ in words.encode(" " * bool(n) + word) if tag >= 0]  # fmt: skip
-        parts = [words.decode(ids[ids != words.eos][batch["segments"][row][ids != words.eos] == part]).split()
-                 for part in (0, 1)]  # fmt: skip
-        assert parts == [list(flat(before)[0]), list(flat(after)[0])]
+        ends = (ids == words.eos).nonzero().flatten().tolist()  # the first is bos, the last are padding
+        parts = [words.decode(ids[a + 1 : b]).split() for a, b in zip(ends, ends[1:], strict=False)][: len(texts)]
+        assert parts == [list(flat(text)[0]) for text in texts]
+        segments = batch["segments"][row]
+        assert segments[ends[len(texts) - 1] + 1 : ends[len(texts)] + 1].all()
+        assert int(segments.sum()) == ends[len(texts)] - ends[len(texts) - 1]
     n_objects = [len(q.scene.objects) for q in asked[:4]]
     n_regions = [n + (q.scene.panel is not None) for n, q in zip(n_objects, asked, strict=False)]
     n, N = max(n_objects), max(n_regions)

@@ -48,4 +48,4 @@ def test_texts_of_rankings(tmp_path, monkeypatch):
 
 
 def test_tags_are_shown_with_their_words():
-    assert data.Tagged(("Casey", "met", "car"), (0, -1, 12)).with_tags() == "Casey[0] met car[12]"
+    assert sheets.with_tags(data.Tagged(("Casey", "met", "car"), (0, -1, 12))) == "Casey[0] met car[12]"

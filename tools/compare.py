@@ -13,7 +13,8 @@ def evaluate_runs(sources: list[str], given: dict, model_name, config_class, fla
     check(cfg) raises UserError; evaluate(cfg, checkpoint, machine, folder) -> {split or control: metrics}.
     """
     common.allow(given, common.EVAL_FLAGS + flags, "--eval-only")
-    sources = sources or [given["init"]] if given.get("init", "none") != "none" else sources
+    if not sources and given.get("init", "none") != "none":
+        sources = [given["init"]]
     if not sources:
         raise UserError(f"--eval-only needs a trained model: --eval-only RUN, e.g. runs/{model_name}-scenes")
     found = [(source, *common.find_checkpoint(source, model_name)) for source in sources]
@@ -34,4 +35,5 @@ def evaluate_runs(sources: list[str], given: dict, model_name, config_class, fla
     for title, columns in tables.items():  # empty on all processes but the first
         print(f"\n{title}\n{common.table(columns)}")
     if machine.is_main:
-        print(f"\n{run.path}: metrics.json, samples.png and result files")
+        where = run.path if len(found) == 1 else f"a folder for each in {run.path}"
+        print(f"\n{where}: metrics.json, samples.png and result files")

@@ -310,8 +310,7 @@ def check_regions(corpus: Corpus, folder: Path, shelf: Shelf, decode: bool) -> b
             of.setdefault(image_id, (image, item))
 
     def is_there(image_id) -> bool:
-        names = (f"{image_id}.npz", f"{Path(str(of[image_id][0])).stem}.npz")  # as NpzRegions looks for them
-        return any(shelf.has(folder / name) for name in names)
+        return any(shelf.has(folder / f"{name}.npz") for name in corpora.region_names(image_id, of[image_id][0]))
 
     def read(image_id):
         image, item = of[image_id]

@@ -3,7 +3,7 @@
     official_caption_metrics    BLEU to SPICE through pycocoevalcap and Java, beside which eval.py's own can be held
     write_vqa_results           and those of NLVR2, SNLI-VE and VCR; write_example_results chooses
 
-`python tools/score.py captions RESULTS REFERENCES` prints the former; evaluation asks for what it needs of both.
+`python tools/score.py captions RESULTS REFERENCES` prints the former; evaluation writes the latter.
 """
 
 import json

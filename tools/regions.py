@@ -1,4 +1,4 @@
-"""Region features of the pictures of any data set, from a torchvision detector: what TDEN reads, one file a picture.
+"""Region features of the pictures of any data set, from a torchvision detector, one file a picture.
 
     python tools/regions.py coco --root data/coco --weights hub                 data/coco/regions/<image_id>.npz
     python tools/regions.py my_photos.jsonl --weights fasterrcnn.pth            regions/ beside my_photos.jsonl
@@ -13,7 +13,9 @@ extraction.json in the folder says how it was made, so that two ways are never m
 
 Each file has the keys of YehLi/xmodaler: features [n, D], cls_prob [n, C] (softmax, column 0 = background), boxes
 [n, 4] (x1, y1, x2, y2 in pixels of the upright picture), all float32; image_h [1], image_w [1], num_boxes [1];
-image_id. D is 1024 with each of torchvision's three detectors, C whatever the file of weights was trained for.
+image_id. D is 1024 with each of torchvision's three detectors, C whatever the file of weights was trained for: enough to
+train a model from its own features, but official weights, of TDEN for instance, were trained on bottom-up attention's,
+which have D = 2048 and C = 1601.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from common import UserError  # noqa: E402
 
 DETECTORS = ("fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn")
 CLASS_HEAD = "roi_heads.box_predictor.cls_score.weight"
-NMS_IOU = 0.3  # bottom-up attention's. HERE[data-6]: --threshold 0.2, 10 to 100 regions; its script: 0.4, and 36
+NMS_IOU = 0.3  # generate_tsv.py's. HERE[data-6]: --threshold 0.2, 10 to 100 regions; its own defaults are 0.4 and 36
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -315,6 +317,7 @@ class Progress:
 @dataclass
 class Flags:
     root: str = ""  # folder of a named data set; default data/NAME
+    train_on: str = "train"  # of vqa: train | train+val | train+val+vg, Visual Genome's pictures too
     out: str = ""  # folder to write to; default regions/ in the root, or beside own data
     weights: str = ""  # the detector's state dict, .pth or .safetensors, of any number of classes; or hub: COCO's
     detector: str = DETECTORS[0]  # or fasterrcnn_resnet50_fpn, or fasterrcnn_mobilenet_v3_large_fpn
@@ -398,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     name, flags, (part, parts) = parse(argv)
     device, why = common.choose_device(flags.device)
-    corpus = corpora.load(name, flags.root or None)
+    corpus = corpora.load(name, flags.root or None, train_on=flags.train_on)
     pictures = pictures_of(corpus)
     given = {i: item for i, _, item in samples_of(corpus)} if flags.ground_truth else None
     if given and not all(isinstance(item, data.Choice) for item in given.values()):

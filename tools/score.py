@@ -169,10 +169,11 @@ def main(argv=None):
     answers.add_argument("data", choices=list(ROWS), help="whose questions they answer")
     answers.add_argument("results", help="in the official form, as evaluation writes it")
     answers.add_argument("--root", help="folder of the data set; default data/NAME")
+    answers.add_argument("--train-on", default="train", help="of vqa: train+val makes val the mini-val of 3,000")
     answers.add_argument("--split", default="", help="default test, or val where test is hidden; also server_test, ...")
     args = parser.parse_args(argv)
     if args.command == "answers":
-        corpus = corpora.load(args.data, args.root)
+        corpus = corpora.load(args.data, args.root, train_on=args.train_on)
         split = args.split or corpus.finally_evaluated()[0]
         common.choose("split", split, list(corpus.splits))
         items = list(corpus.splits[split])

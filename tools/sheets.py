@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Choice, load_image, object_boxes
+from data import Choice, Tagged, load_image, object_boxes
 from tools import judge
 
 PAPER = (250, 249, 246)
@@ -66,8 +66,13 @@ def draw_examples(path: Path | str, items: list, said: dict, right: dict) -> Non
         picture = side_by_side([load_image(image, 200) for image in item.images])
         pictures.append(with_boxes(picture, object_boxes(item, picture.size)) if is_choice else picture)
         judged = f"{said[i]} [right]" if said[i] == right[i] else f"{said[i]} [it is: {right[i]}]"
-        texts.append([item.question.with_tags() if is_choice else item.text, judged])
+        texts.append([with_tags(item.question) if is_choice else item.text, judged])
     contact_sheet(path, pictures, texts)
+
+
+def with_tags(text: Tagged) -> str:
+    """Casey[0] met car[2]."""
+    return " ".join(word + f"[{tag}]" * (tag >= 0) for word, tag in zip(text.words, text.tags, strict=True))
 
 
 def with_boxes(picture: Image.Image, boxes: np.ndarray) -> Image.Image:
