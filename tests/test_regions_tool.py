@@ -557,7 +557,7 @@ def test_given_boxes(six, weights, tmp_path, monkeypatch, model):
         file = (tmp_path / name).with_suffix(".json")
         file.write_text(json.dumps({"boxes": boxes}))
         asked.append(Choice(name, (name,), (tmp_path / name,), None, (), (), 0, 0, ("person",) * len(boxes), file))
-    monkeypatch.setattr(regions.corpora, "load", lambda name, root: Corpus("vcr", {"train": asked}))
+    monkeypatch.setattr(regions.corpora, "load", lambda name, root, **more: Corpus("vcr", {"train": asked}))
     with pytest.raises(SystemExit):  # b.json is wrong
         regions.main(["vcr", "--root", str(tmp_path), "--weights", weights, *QUICK, "--ground-truth", "--batch", "2"])
     assert "b.json" in (tmp_path / "regions_boxes" / "unreadable.txt").read_text()

@@ -13,9 +13,8 @@ extraction.json in the folder says how it was made, so that two ways are never m
 
 Each file has the keys of YehLi/xmodaler: features [n, D], cls_prob [n, C] (softmax, column 0 = background), boxes
 [n, 4] (x1, y1, x2, y2 in pixels of the upright picture), all float32; image_h [1], image_w [1], num_boxes [1];
-image_id. D is 1024 with each of torchvision's three detectors, C whatever the file of weights was trained for: enough to
-train a model from its own features, but official weights, of TDEN for instance, were trained on bottom-up attention's,
-which have D = 2048 and C = 1601.
+image_id. D is 1024 with each of torchvision's three detectors, C whatever the file of weights was trained for. That
+does to train a model, but official weights, of TDEN for instance, want bottom-up attention's D = 2048 and C = 1601.
 """
 
 from __future__ import annotations
