@@ -189,7 +189,7 @@ def check_numbers(cfg, from_one: str) -> None:
 
 def default_preset(data_name: str) -> str:
     """tiny for scenes, small for what a laptop holds, base for the rest."""
-    own = data_name.endswith((".jsonl", ".csv")) or Path(data_name).is_dir()
+    own = data_name.lower().endswith((".jsonl", ".csv")) or Path(data_name).is_dir()
     return "tiny" if data_name == "scenes" else "small" if data_name in ("flickr8k", "nlvr1") or own else "base"
 
 

@@ -100,6 +100,7 @@ class Choice:
     rationale_label: int | None
     objects: tuple[str, ...]  # class names; tags and boxes go by this order
     metadata: Path | None = None  # the JSON file with the boxes; None: the picture is a scene, which knows them
+    others: tuple = ()  # as of Example
 
     def asked(self, task: str, answer: int | None = None) -> tuple[tuple[Tagged, ...], tuple[Tagged, ...], int | None]:
         """(parts of what is asked, the four that may follow, the right one's index) of task "qa" or "qar".
@@ -133,12 +134,6 @@ class Corpus:
             self.notes.append(f"{self.name} has no test split with labels: {instead} is evaluated instead.")
         if "val" not in self.splits and "train" in self.splits:
             self.notes.append(f"{self.name} has no val split: `best` is `last`, and choices are made on train.")
-
-    def of(self, kind: type, wanted: str) -> Corpus:
-        """Itself, where its samples are of this kind; else UserError, which says what is wanted instead."""
-        if not all(isinstance(items[0], kind) for items in self.splits.values()):
-            raise UserError(f"{self.name} has no {wanted}: choose another --data or another --task")
-        return self
 
     def finally_evaluated(self) -> list[str]:
         """The splits that a final evaluation scores: the test ones, else val, else train (a handful of pictures)."""
@@ -282,7 +277,7 @@ class Regions:
                 raise BadImage(where, f"`{name}` has the shape {list(array.shape)}, not [{n} regions, numbers of each]")
             if not np.isfinite(array).all():
                 raise BadImage(where, f"`{name}` holds a number that is not finite; extract this picture again")
-        if self.boxes.shape[1] != 4 or min(self.size) <= 0:
+        if self.boxes.shape[1] != 4 or not all(0 < side < math.inf for side in self.size):
             raise BadImage(where, f"boxes of {self.boxes.shape[1]} numbers in a picture of {self.size}")
         if n_classes and self.classes is not None and self.classes.shape[1] != n_classes:
             raise BadImage(where, f"{self.classes.shape[1]} class probabilities a region; {n_classes} are expected")
@@ -1028,7 +1023,7 @@ def caption_text(caption: object, where: str) -> str:
     """A caption as written, stripped, with line breaks turned to blanks (83 of COCO val2017's have one)."""
     text = " ".join(caption.splitlines()).strip() if isinstance(caption, str) else ""
     if not text:
-        raise UserError(f"{where}: a caption must be a text that is not empty, not {caption!r}")
+        raise UserError(f"{where}: a text that is not empty is expected, not {caption!r}")
     if HALVES.search(text):
         raise UserError(f"{where}: the caption {caption!r} holds half a Unicode character; write it anew")
     return text
@@ -1041,7 +1036,7 @@ def json_lines(text: str, source: Path):
             where = f"{source}:{number}"
             try:
                 yield where, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not JSON ({error}); every line is one object") from None
 
 

@@ -701,6 +701,7 @@ def evaluate_captions(corpus, caption_items, folder, is_main=True, official=True
         if None in hyps.values():  # domains of NoCaps are parts of its test, which has been captioned
             hyps = caption_items(items)
             known |= {item.image: hyps[item.image_id] for item in items}
+        hyps = {item.image_id: hyps[item.image_id] for item in items}  # whatever the order of processes
         if is_main:
             programs.write_caption_results(folder / f"captions_{split}.json", hyps)
         if not is_main or split not in tests:
@@ -738,7 +739,8 @@ def predict_split(score, loader):
     found = {}
     for batch in loader:
         scores = score(batch).float()
-        assert scores.shape[1] > 1, "a score for each class: of one logit nothing can be the best"
+        if scores.shape[1] < 2 or not scores.isfinite().all():
+            raise UserError(f"scores must be finite, and of two classes or more, not {[*scores.shape]}; is it trained?")
         kept = scores if scores.shape[1] <= 4 else scores.argmax(1, keepdim=True)
         found.update(zip(batch["example_id"], kept.tolist(), strict=True))
     return dict(common.gather_lists(list(found.items())))

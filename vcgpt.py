@@ -910,6 +910,8 @@ def check(cfg: Config) -> None:
         raise UserError("--image-size 0 is that of --clip, and there is none: give the side in pixels")
     if cfg.stem == "conv" and cfg.vision_width % 4:
         raise UserError(f"--vision-width {cfg.vision_width}: sines of row and column need a multiple of 4")
+    if cfg.data in corpora.QUESTIONS:
+        raise UserError(f"--data {cfg.data} has questions, no captions, which VC-GPT trains on: choose other data")
     if not cfg.temperature and (cfg.top_k or cfg.top_p != 1.0):
         raise UserError("--top-k and --top-p belong to sampling: add --temperature, e.g. --temperature 1.0")
     for name, value, most in (("top-p", cfg.top_p, 1), ("dropout", cfg.dropout, 0.99), ("warmup", cfg.warmup, 1),
@@ -923,9 +925,8 @@ def check(cfg: Config) -> None:
 
 
 def load_data(cfg: Config):
-    corpus = corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes, n_val=cfg.val_items,
-                          n_test=cfg.test_scenes)  # fmt: skip
-    return corpus.of(data.Item, "captions, which VC-GPT trains on")
+    return corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes, n_val=cfg.val_items,
+                        n_test=cfg.test_scenes)  # fmt: skip
 
 
 def caption_files(paths: list[str], given: dict) -> None:

@@ -133,6 +133,38 @@ def test_hidden_questions(tmp_path):
     assert list(splits) == ["val"] and len(json.loads((tmp_path / "vqa_server_test.json").read_text())) == 12
 
 
+def test_dev_is_reported_beside_test(tmp_path):
+    items = list(load("nlvr2", n=8).splits["test"])
+    corpus = data.Corpus("nlvr2", {"val": items[:4], "test": items[4:]})
+    splits, columns = scoring.evaluate_examples(corpus, looks(corpus), tmp_path)
+    assert list(splits) == ["test", "val"] and "test, majority" not in columns  # without train no majority
+
+
+def test_result_files_do_not_tell_the_order_of_processes(tmp_path):
+    corpus = load("nlvr2", n=8)
+    corpus = data.Corpus("nlvr2", {"test": corpus.splits["test"]})
+    predict = looks(corpus)
+    scoring.evaluate_examples(corpus, predict, tmp_path)
+    first = (tmp_path / "nlvr2_test.csv").read_text()
+    scoring.evaluate_examples(corpus, lambda items: dict(reversed(predict(items).items())), tmp_path)
+    assert (tmp_path / "nlvr2_test.csv").read_text() == first
+    corpus, found = data.Corpus("scenes", {"test": load("caption", n=5).splits["test"]}), []
+    for back in (False, True):
+        hyps = {i: f"there is a {c} circle" for i, c in enumerate(("red", "blue", "green", "black", "yellow"))}
+        hyps = dict(reversed(hyps.items())) if back else hyps
+        found.append(scoring.evaluate_captions(corpus, lambda items, h=hyps: h, tmp_path)[0])
+        found.append((tmp_path / "captions_test.json").read_text())
+    assert found[0] == found[2] and found[1] == found[3]
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(2, 1), torch.tensor([[0.0, torch.nan]] * 2)])
+def test_scores_that_say_nothing_are_refused(scores):
+    from common import UserError
+
+    with pytest.raises(UserError, match="scores must be finite, and of two classes or more"):
+        scoring.predict_split(lambda batch: scores, [{"example_id": [0, 1]}])
+
+
 def test_nlvr1_is_named_so(tmp_path):
     corpus = load("nlvr2", n=8)
     corpus = data.Corpus("nlvr1", {"test": corpus.splits["test"]})
@@ -153,7 +185,8 @@ def test_captions_of_hidden_and_overlapping_splits(tmp_path):
 
     hidden = [replace(item, image=scenes.make_scene("tiny", "val", n)) for n, item in enumerate(hidden)]
     corpus.splits["server_test"] = hidden
-    splits, _ = scoring.evaluate_captions(corpus, caption, tmp_path)
+    splits, columns = scoring.evaluate_captions(corpus, caption, tmp_path)
+    assert "constant" not in columns and set(splits["test"]["controls"]) == {"shuffled_images"}  # no train
     assert asked == [6, 2]  # a domain is part of the whole: its captions are known
     assert list(splits) == ["test", "test_in_domain"]
     assert [row["image_id"] for row in json.loads((tmp_path / "captions_server_test.json").read_text())] == [0, 1]

@@ -373,6 +373,23 @@ def region_file(path, n=2, width=6, classes=0):
              num_boxes=[n], **more)  # fmt: skip
 
 
+def test_region_files_in_tables(tmp_path, look):
+    """Bottom-up attention's .tsv, in parts: looked into by their lines."""
+    import base64
+
+    coco(tmp_path, n=4)
+    (tmp_path / "regions").mkdir()
+    cells = [base64.b64encode(np.ones((2, width), "<f4").tobytes()).decode() for width in (4, 6)]
+    rows = ["\t".join(map(str, (i, 12, 8, 2, *cells))) + "\n" for i in range(5)]
+    for part, lines in (("tsv.0", rows[:3]), ("tsv.1", rows[3:])):
+        (tmp_path / "regions" / f"train.{part}").write_text("".join(lines))
+    status, out = look("check", "coco", "--root", tmp_path)
+    assert status == 0 and has(out, "region files of 5 of 5 pictures", "class probabilities none")
+    (tmp_path / "regions" / "train.tsv.1").write_text(rows[3])
+    status, out = look("check", "coco", "--root", tmp_path)
+    assert status == 1 and has(out, "region files of 4 of 5 pictures", "missing 1, first: image 4")
+
+
 def test_region_files(tmp_path, look, monkeypatch):
     tmp_path = tmp_path / "set"
     coco(tmp_path, n=4)

@@ -58,6 +58,17 @@ def test_a_file_goes_by_the_image_id_or_by_the_picture(tmp_path):
         corpora.NpzRegions(folder)(8, "other.jpg")
 
 
+def test_ids_that_are_text_are_no_other_pictures_names(tmp_path):
+    """Visual Genome's vg-9 lies in 9.jpg, which is not COCO's picture 9; films of VCR have folders of their own."""
+    folder = write(tmp_path / "regions", "9")
+    with pytest.raises(BadImage, match="vg-9.npz: no such"):
+        corpora.NpzRegions(folder)("vg-9", "VG_100K/9.jpg")
+    write(folder / "film", "a@0")
+    assert len(corpora.NpzRegions(folder)("val-3", "vcr1images/film/a@0.jpg").boxes) == N
+    with pytest.raises(UserError, match="not below"):
+        corpora.NpzRegions(folder)("../out", "x.jpg")
+
+
 def test_without_class_probabilities(tmp_path):
     assert corpora.NpzRegions(write(tmp_path / "regions", cls_prob=None))(7, "x.jpg").classes is None
 
@@ -87,6 +98,8 @@ WRONG = {
     "another number": (dict(num_boxes=np.array([N + 1])), "`num_boxes` is 4, but there are 3"),
     "boxes of five": (dict(boxes=np.zeros((N, 5))), "boxes of 5 numbers"),
     "no size": (dict(image_w=np.array([0])), "in a picture of"),
+    "a size that is no number": (dict(image_w=np.array([np.nan])), "in a picture of"),
+    "endless boxes": (dict(num_boxes=np.array([np.inf])), "not of the documented form"),
     "an empty size": (dict(image_h=np.array([])), "not of the documented form"),
     "text": (dict(features=np.array([["a"] * D] * N)), "not of the documented form"),
     "objects": (dict(boxes=np.array([{"x": 1}], dtype=object)), "cannot be read"),
@@ -171,7 +184,14 @@ def test_where_regions_come_from(tmp_path, monkeypatch):
     own = corpora.region_source("files", str(tmp_path / "photos.jsonl"))
     assert isinstance(own, corpora.NpzRegions) and len(own(7, "x.jpg").boxes) == N
     assert corpora.region_source("files", str(tmp_path)).folder == tmp_path / "regions"
-    (tmp_path / "regions" / "all.tsv").write_text(tsv_line(7, BOXES, np.zeros((N, D))))
+    (tmp_path / "vqa").mkdir()
+    (tmp_path / "coco").mkdir()
+    write(tmp_path / "coco" / "regions")
+    assert len(corpora.region_source("files", "vqa", tmp_path / "vqa")(7, "x.jpg").boxes) == N  # COCO's serve VQA
+    one = {name: arrays()[name][:1] for name in ("features", "boxes", "cls_prob")}
+    write(tmp_path / "vqa" / "regions", num_boxes=None, **one)
+    assert len(corpora.region_source("files", "vqa", tmp_path / "vqa")(7, "x.jpg").boxes) == 1
+    (tmp_path / "regions" / "train.tsv.0").write_text(tsv_line(7, BOXES, np.zeros((N, D))))
     assert len(corpora.region_source("files", "coco", tmp_path, most=1)(7, "x.jpg").boxes) == 1
     assert "grid of crops" in corpora.region_source("grid", "coco", tmp_path).note
     assert isinstance(corpora.region_source("files", "scenes"), corpora.SceneRegions)

@@ -65,6 +65,8 @@ REFUSED = {
     "vqa: another's": ("vqa", lambda rows: rows.append({"question_id": 5, "answer": "x"}), "5 is not in this split"),
     "vqa: a number": ("vqa", lambda rows: rows[0].update(answer=2), 'entry 0: it needs "question_id"'),
     "vqa: an id as text": ("vqa", lambda rows: rows[1].update(question_id="1000"), "entry 1: it needs"),
+    "vqa: an id that is true": ("vqa", lambda rows: rows[0].update(question_id=True), "entry 0: it needs"),
+    "ve: an id that is a list": ("snli_ve", lambda lines: lines.append('{"pairID": [1], "label": 0}'), "line 2: it n"),
     "vqa: no object": ("vqa", lambda rows: rows.append(3), "entry 4: it needs"),
     "nlvr2: one is lacking": ("nlvr1", drop, "1 of 1 questions have no answer, the first: dev-3-0"),
     "nlvr2: one twice": ("nlvr2", twice, "line 2: test1-7-0-0 has an answer already"),

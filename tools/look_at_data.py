@@ -285,7 +285,7 @@ def check_metadata(items: list, shelf: Shelf, sizes: dict, decode: bool) -> tupl
 
     def wrong_with(item: Choice) -> str | None:
         try:
-            object_boxes(item, sizes.get(item.images[0]) or (math.inf, math.inf))  # a picture that cannot be read
+            object_boxes(item, sizes.get(item.images[0]) or (1e9, 1e9))  # a picture that cannot be read
         except BadImage as bad:
             return str(bad)
 
@@ -303,13 +303,16 @@ MOST_REGIONS = 2_000  # region files that are read; 120,000 of them are 25 GB
 def check_regions(corpus: Corpus, folder: Path, shelf: Shelf, decode: bool) -> bool:
     """Region files of the pictures, or, in a folder whose name ends in _boxes, of VCR's objects."""
     is_boxes = folder.name.endswith("_boxes")
-    source = corpora.NpzRegions(folder.with_name(folder.name.removesuffix("_boxes")))
+    plain = folder.with_name(folder.name.removesuffix("_boxes"))
+    source = corpora.NpzRegions(plain) if is_boxes else corpora.source_in(folder)
     of: dict = {}  # image id -> (its picture, a sample about it)
     for item in chain(*corpus.splits.values()):
         for image_id, image in zip(ids_of(item), files_of(item), strict=True):
             of.setdefault(image_id, (image, item))
 
     def is_there(image_id) -> bool:
+        if isinstance(source, corpora.TsvRegions):
+            return any(name in source.places for name in corpora.region_names(image_id, of[image_id][0]))
         return any(shelf.has(folder / f"{name}.npz") for name in corpora.region_names(image_id, of[image_id][0]))
 
     def read(image_id):

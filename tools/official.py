@@ -181,6 +181,7 @@ def write_vcr_results(path, answer_scores, rationale_scores):
 def write_example_results(folder, split, corpus, items, found, rationales=()):
     """The result file of a split, in the form that its kind of task has; the arguments are those of
     eval.score_examples. Choices: `rationales` are four dicts, dict k given answer k."""
+    found = {item.example_id: found[item.example_id] for item in items}  # whatever the order of processes
     if hasattr(items[0], "rationales"):
         given = {i: [one[i] for one in rationales] for i in found}
         return write_vcr_results(folder / f"vcr_{split}.csv", found, given)

@@ -10,7 +10,6 @@ to say before a file goes to the server.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tools import official as programs  # noqa: E402
 def _read_json(path):
     try:
         return json.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
@@ -99,7 +98,9 @@ def _rows_of_ve(path):
         try:
             row = json.loads(line)
             i, label = row["pairID"], row["label"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(i, str):
+                raise TypeError("pairID is no text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{path}, line {number}: it needs "pairID" and "label" ({error!r})') from None
         if label not in corpora.ENTAILMENT:
             raise UserError(f"{path}, line {number}: label {label!r} is none of {', '.join(corpora.ENTAILMENT)}")
@@ -116,7 +117,7 @@ def _rows_of_vcr(path):
             row = [float(cell) for cell in cells]
         except ValueError:
             row = []
-        if len(row) != 20 or not all(math.isfinite(p) and 0 <= p <= 1 for p in row):
+        if len(row) != 20 or not all(0 <= p <= 1 for p in row):
             raise UserError(f"{path}, line {number}: it needs an id and 20 probabilities")
         yield f"line {number}", i, [row[k : k + 4] for k in range(0, 20, 4)]
 
