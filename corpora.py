@@ -373,7 +373,6 @@ def _with_pictures(name: str, root: Path, notes: list[str], file: Path, samples:
 # ---------------------------------------------------------------------------------------------------------------------
 # NoCaps
 
-
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
@@ -438,7 +437,7 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
     root).
     """
     choose("train-on", train_on, ["train", "train+val", "train+val+vg"])
-    notes, parts, frequent = [], {}, []
+    notes, parts, frequent, held_out = [], {}, [], set()
     for name in ("train2014", "val2014", "test2015", "test-dev2015"):
         questions, hidden = root / f"v2_OpenEnded_mscoco_{name}_questions.json", name.startswith("test")
         if questions.is_file() or not hidden:
@@ -446,6 +445,7 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
             found, most = _read_vqa(questions, annotations, "test2015" if hidden else name)
             parts[name] = _with_pictures("vqa", root, notes, questions, found, optional=hidden)
             frequent += most
+            held_out |= {example.image_ids[0] for example in found} if hidden else set()
     train, val = parts["train2014"], parts["val2014"]
     vocabulary = answer_vocabulary(train + val, frequent)
     if train_on != "train":
@@ -454,7 +454,7 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
         notes.append(f"vqa: val is TDEN's mini-val, the last {len(val):,} questions of val2014 by id; "
                      "train has the rest.")  # fmt: skip
     if train_on == "train+val+vg":
-        held_out = {example.image_ids[0] for example in (*val, *parts.get("test2015", ()))}
+        held_out |= {example.image_ids[0] for example in val}
         train += _visual_genome_questions(root, vocabulary, held_out, notes)
     hidden = {"server_test": parts.get("test2015", ()), "server_test_dev": parts.get("test-dev2015", ())}
     return Corpus("vqa", {"train": train, "val": val, **hidden}, notes, answers=vocabulary)

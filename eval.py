@@ -820,19 +820,19 @@ def evaluate_examples(corpus, predict, folder, is_main=True):
             if is_main:
                 files.write_example_results(folder, split, corpus, items, found, given)
             continue
-        told = ask(items)
-        blind = ask(with_other_pictures(items))
+        tables = ask(items)
+        shuffled_tables = ask(with_other_pictures(items))
         if not is_main:
             continue
-        metrics, said, right = score_examples(corpus, items, *told)
-        controls = {"shuffled_images": score_examples(corpus, items, *blind)[0]}
+        metrics, said, right = score_examples(corpus, items, *tables)
+        controls = {"shuffled_images": score_examples(corpus, items, *shuffled_tables)[0]}
         if "train" in corpus.splits:
-            controls["majority"] = score_examples(corpus, items, *majority(corpus, items, len(told)))[0]
+            controls["majority"] = score_examples(corpus, items, *majority(corpus, items, len(tables)))[0]
         splits[split] = {"metrics": metrics, "controls": controls}
         names = {"shuffled_images": "shuffled"}
         columns |= {split: metrics, **{f"{split}, {names.get(name, name)}": found for name, found in controls.items()}}
-        if len(told) == 1:
-            files.write_example_results(folder, split, corpus, items, *told)
+        if len(tables) == 1:
+            files.write_example_results(folder, split, corpus, items, *tables)
         if split == tests[0]:
             sheets.draw_examples(folder / "samples.png", items[:16], said, right)
     return splits, columns

@@ -203,6 +203,9 @@ def test_vqa_with_visual_genome(tmp_path):
     (vg / "image_data.json").write_text(json.dumps([{"image_id": 1, "coco_id": 200}]))  # a picture of test2015
     corpus = corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
     assert "vg-10" not in ids(corpus.splits["train"]) and "vg-20" in ids(corpus.splits["train"])
+    (tmp_path / "vqa" / "test2015").rename(tmp_path / "later")  # its questions alone say which pictures are tested on
+    corpus = corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
+    assert "vg-10" not in ids(corpus.splits["train"]) and "server_test" not in corpus.splits
     (vg / "VG_100K").rename(vg / "elsewhere")
     with pytest.raises(UserError, match="no picture of Visual Genome in .*VG_100K"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
