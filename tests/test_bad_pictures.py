@@ -199,7 +199,8 @@ def test_official_files_that_lack(tmp_path):
 
 @pytest.mark.parametrize("row, told", [
     ({"image": "../a.jpg", "caption": "x"}, "without `..`"), ({"image": "a.jpg", "caption": ""}, "not empty"),
-    ({"image": "a.jpg", "caption": ["x"]}, "a text that is not empty"), ({"image": "b.jpg", "caption": "x"}, "none of its image"),
+    ({"image": "a.jpg", "caption": ["x"]}, "a text that is not empty"),
+    ({"image": "b.jpg", "caption": "x"}, "none of its image"),
 ])  # fmt: skip
 def test_mistakes_in_own_data(tmp_path, row, told):
     noise(9, 9).save(tmp_path / "a.jpg")

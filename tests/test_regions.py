@@ -192,7 +192,8 @@ def test_where_regions_come_from(tmp_path, monkeypatch):
     write(tmp_path / "vqa" / "regions", num_boxes=None, **one)
     assert len(corpora.region_source("files", "vqa", tmp_path / "vqa")(7, "x.jpg").boxes) == 1
     (tmp_path / "regions" / "train.tsv.0").write_text(tsv_line(7, BOXES, np.zeros((N, D))))
-    assert len(corpora.region_source("files", "coco", tmp_path, most=1)(7, "x.jpg").boxes) == 1
+    tables = corpora.region_source("files", "coco", tmp_path, most=1)
+    assert isinstance(tables, corpora.TsvRegions) and len(tables(7, "x.jpg").boxes) == 1
     assert "grid of crops" in corpora.region_source("grid", "coco", tmp_path).note
     assert isinstance(corpora.region_source("files", "scenes"), corpora.SceneRegions)
     with pytest.raises(UserError, match="did you mean grid"):
