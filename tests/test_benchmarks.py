@@ -210,6 +210,10 @@ def test_vqa_with_visual_genome(tmp_path):
     with pytest.raises(UserError, match="no picture of Visual Genome in .*VG_100K"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
     (vg / "elsewhere").rename(vg / "VG_100K")
+    (vg / "image_data.json").write_text("5")
+    with pytest.raises(UserError, match="an object with image_id is expected, not 5"):
+        corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")
+    (vg / "image_data.json").write_text("[]")
     (vg / "question_answers.json").write_text("null")
     with pytest.raises(UserError, match="an object with qas is expected, not None"):
         corpora.load("vqa", tmp_path / "vqa", train_on="train+val+vg")

@@ -69,6 +69,12 @@ def test_ids_that_are_text_are_no_other_pictures_names(tmp_path):
         corpora.NpzRegions(folder)("../out", "x.jpg")
 
 
+def test_other_keys_are_not_read(tmp_path):
+    """Detectors leave more beside: objects that only pickle could read, or a lot of it."""
+    folder = write(tmp_path / "regions", objects=np.array([{"name": "dog"}], dtype=object))
+    assert len(corpora.NpzRegions(folder)(7, "x.jpg").boxes) == N
+
+
 def test_without_class_probabilities(tmp_path):
     assert corpora.NpzRegions(write(tmp_path / "regions", cls_prob=None))(7, "x.jpg").classes is None
 
