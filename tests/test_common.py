@@ -270,3 +270,8 @@ def test_lost_links(tmp_path, machine):
         run.evaluated(step, {"best": 0.0}, step == 9)
     (run.path / "last").unlink(), (run.path / "best").unlink()
     assert common.find_checkpoint(str(run.path), "m")[0].name == "step_10"
+
+
+def test_own_data_is_small_however_its_ending_is_written():
+    assert common.default_preset("photos.JSONL") == common.default_preset("photos.csv") == "small"
+    assert common.default_preset("coco") == "base" and common.default_preset("scenes") == "tiny"
