@@ -93,7 +93,7 @@ class RunConfig:
     """What every model file's Config starts with: what to run, on what, and where to put it."""
 
     # --- what to run
-    data: str = "scenes"  # scenes | coco | flickr30k | flickr8k | own data: a .jsonl or .csv file, or a folder
+    data: str = "scenes"  # scenes | coco | flickr30k | flickr8k | nocaps | own data: a .jsonl or .csv file, or a folder
     root: str = ""  # directory of the data set; default data/NAME
     task: str = "pretrain"  # what to train; the tasks of a paper are in its file
     preset: str = ""  # tiny | small | base; default tiny for scenes, small for flickr8k and own data, base otherwise

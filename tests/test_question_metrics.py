@@ -416,6 +416,7 @@ GIVEN = np.zeros((4, 4))
         (official.write_vqa_results, [{}], "no answers to write"),
         (official.write_vqa_results, [{1: "a", "2": "b"}], r"answers of \['2'\] are not text, under whole numbers"),
         (official.write_vqa_results, [{1.5: "a"}], "whole numbers"),
+        (official.write_vqa_results, [{True: "a"}], "whole numbers"),
         (official.write_vqa_results, [{1: "a", 2: None}], r"answers of \[2\]"),
         (official.write_vqa_results, [{1: "\ud800"}], "cannot be written"),
         (official.write_nlvr2_results, [{}], "no predictions to write"),
