@@ -4,7 +4,7 @@ Nothing here knows a model. A model file brings a dataclass, a network and a vis
 what a fifth paper would use unchanged.
 
 Reading map: errors | flags from the dataclass | device, dtype, processes | stopping | optimizer and schedule |
-weights | run directory and checkpoints | log | curves and tables.
+weights | run directory and checkpoints | log | tables.
 """
 
 from __future__ import annotations
@@ -342,10 +342,11 @@ def unwrap(model):
     return getattr(model, "_orig_mod", model)
 
 
-def spread(model, cfg: RunConfig, machine: Machine, block_class=None):
+def spread(model, cfg: RunConfig, machine: Machine, block_class=None, find_unused=False):
     """The model as the loop calls it: compiled if asked for, wrapped where there are several processes.
 
-    block_class: the class of its blocks, which gradient checkpointing recomputes.
+    block_class: the class (or classes) of its blocks, which gradient checkpointing recomputes. find_unused: some steps
+    leave parameters without a gradient.
     """
     if cfg.gradient_checkpointing:
         for module in model.modules():
@@ -355,11 +356,17 @@ def spread(model, cfg: RunConfig, machine: Machine, block_class=None):
         model = torch.compile(model)
     if machine.processes > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        # Buffers are constants; to exchange them in each forward would hang where processes differ in micro-batches.
+        # To exchange buffers in each forward would hang where processes differ in micro-batches: see share_buffers.
         ddp = torch.nn.parallel.DistributedDataParallel
         names = [n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(ddp).parameters]
-        model = ddp(model, device_ids=ids, **{names[0]: False})  # torch renamed it
+        model = ddp(model, device_ids=ids, find_unused_parameters=find_unused, **{names[0]: False})  # torch renamed it
     return model
+
+
+def share_buffers(model) -> None:
+    """The first process's buffers on every process: running statistics that each has gathered from its own share."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, src=0)
 
 
 def recomputed(forward, *inputs, **options):
@@ -458,16 +465,17 @@ def stop_if_not_finite(norm, loss, image_ids: list, step: int, run: Run) -> None
 # Optimizer and schedule
 
 
-def adamw(model, lr_of, weight_decay: float, betas=(0.9, 0.98)) -> torch.optim.AdamW:
+def adamw(model, lr_of, weight_decay: float, betas=(0.9, 0.98), all_matrices=False) -> torch.optim.AdamW:
     """AdamW over every trainable parameter, each in exactly one group of (peak rate, decay).
 
-    lr_of(name) -> peak learning rate. Matrices decay; norms, biases, embeddings and position tables do not.
+    lr_of(name) -> peak learning rate. Matrices decay; norms, biases, embeddings and position tables do not, except
+    that with `all_matrices` these tables do.
     """
     groups: dict[tuple, list] = {}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, p in trainable:
-        decays = p.ndim >= 2 and id(p) not in embeddings and "position" not in name
+        decays = p.ndim >= 2 and (all_matrices or (id(p) not in embeddings and "position" not in name))
         groups.setdefault((lr_of(name), weight_decay if decays else 0.0), []).append(p)
     assert sum(map(len, groups.values())) == len(trainable) == len({id(p) for _, p in trainable})
     settings = [dict(params=ps, lr=lr, peak=lr, weight_decay=wd) for (lr, wd), ps in groups.items()]
@@ -479,6 +487,13 @@ def linear_schedule(step: int, steps: int, warmup: float) -> float:
     """Share of the peak rate at `step` (0-based): linear rise over the first `warmup` share, then linear to 0."""
     rise = max(1, int(warmup * steps))
     return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
+
+
+def step_schedule(step: int, steps: int, warmup: float, drops: list[float], factor: float) -> float:
+    """Share of the peak rate at `step` (0-based): linear rise, then constant, times `factor` at each of `drops`, which
+    are shares of all steps."""
+    rise = max(1, int(warmup * steps))
+    return min(1.0, (step + 1) / rise) * factor ** sum(step >= drop * steps for drop in drops)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,17 +544,17 @@ def read_tensors(path: Path) -> dict:
         ) from error
 
 
-def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], what: str, may_lack: str = "") -> None:
+def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], what: str, may_lack=()) -> None:
     """Fill `module` from official `state`: names maps our key -> their key, or a list of keys to concatenate.
 
     Every key must be used once, or start with an entry of `not_used`; every parameter of ours must be filled, save
-    those whose name contains `may_lack`. Otherwise UserError with the lists, and nothing is changed.
+    those whose name contains an entry of `may_lack`. Otherwise UserError with the lists, and nothing is changed.
     """
     wanted = [key for theirs in names.values() for key in ([theirs] if isinstance(theirs, str) else theirs)]
     ours = module.state_dict()
     missing = [key for key in wanted if key not in state]
     left_over = [key for key in state if key not in set(wanted) and not key.startswith(not_used)]
-    unfilled = [key for key in ours if key not in names and not (may_lack and may_lack in key)]
+    unfilled = [key for key in ours if key not in names and not any(part in key for part in may_lack)]
     if missing or left_over or unfilled:
         lists = [("missing in the file", missing), ("unknown in the file", left_over), ("not filled here", unfilled)]
         told = "; ".join(f"{title}: {', '.join(keys[:5])} ({len(keys)} in all)" for title, keys in lists if keys)
@@ -850,34 +865,7 @@ def peak_memory_gib() -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Curves and tables
-
-
-def curves(path: Path, log: Path) -> str:
-    """Draw every loss and val metric of log.jsonl; returns what to tell the user (matplotlib is optional)."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no curves.png: matplotlib is not installed"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = read_log(log)
-    quiet = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}
-    names = list(dict.fromkeys(k for r in records for k in r if k not in quiet))
-    rows = -(-len(names) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.8 * rows), squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes.flat, names, strict=False):
-        points = [(r["step"], r[name]) for r in records if name in r]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return str(path)
+# Tables
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

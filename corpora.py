@@ -1,4 +1,4 @@
-"""The official layouts, and the small world, as `data.Corpus`; region features as their detectors leave them.
+"""The official layouts, and the small world, as `data.Corpus`.
 
     load("scenes", task="vqa")        drawn, nothing to download          load("coco")  load("vqa")  load("nlvr2") ...
     load("photos.jsonl")              own data, see data.py               files below data/NAME, or below `root`
@@ -18,28 +18,25 @@
 `python data.py where NAME` says which official page hands them out. No load touches every picture: a few of each folder
 are looked for, the rest is left to the loaders, which name what they miss, and to `data.py check`, which counts it.
 
-Reading map: load | the small world | COCO and the Flickrs | NoCaps | VQA | NLVR | SNLI-VE | VCR | region files.
+Reading map: load | the small world | COCO and the Flickrs | NoCaps | VQA | NLVR | SNLI-VE | VCR.
 """
 
 from __future__ import annotations
 
-import base64
 import difflib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 import data
 import scenes
 from common import UserError, choose
-from data import BadImage, Choice, Corpus, Example, Item, Regions, Tagged
+from data import Choice, Corpus, Example, Item, Tagged
 
 # Names of the official picture folders below the root of each; COCO's follow from its file names.
 FOLDERS = {
@@ -667,145 +664,3 @@ def load_vcr(root: Path) -> Corpus:
             for item in _with_pictures("vcr", root, notes, file, found, optional=name == "test")
         ]
     return Corpus("vcr", splits, notes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions. A source is called with (image id, picture) and gives `data.Regions` or raises BadImage; its
-# `of_objects(choice)` gives those of VCR's objects; `note` is what a run says of it before it starts.
-
-
-def region_source(kind: str, name: str, root: str | Path | None = None, most: int | None = None):
-    """Of a data set: "files", those in regions/ below its folder; "grid", crops; of scenes their own. `most`: how many
-    of each picture are taken. Raises UserError, with the ways on, where there are no files."""
-    choose("regions", kind, ["files", "grid"])
-    if kind == "grid" or name == "scenes":
-        return data.GridRegions() if kind == "grid" else SceneRegions()
-    folder = folder_of(name, root) / "regions"
-    if name == "vqa" and not folder.is_dir() and (coco := folder_of(name, root) / "../coco/regions").is_dir():
-        folder = coco  # the same pictures under the same ids
-    return source_in(folder, most)
-
-
-def source_in(folder: Path, most: int | None = None):
-    """The .tsv files of a folder, parts like x.tsv.0 among them, or else its .npz files."""
-    tables = sorted(file for file in folder.glob("*.tsv*") if re.search(r"\.tsv(\.\d+)?$", file.name))
-    return TsvRegions(tables, most) if tables else NpzRegions(folder, most)
-
-
-def region_names(image_id: int | str, image) -> list[str]:
-    """How files may call a picture's regions. An id that is text, like vg-9, could be mistaken for another's name."""
-    if not isinstance(image, str | os.PathLike):
-        return [str(image_id)]
-    path = Path(image)
-    return [str(image_id), str(Path(path.parent.name, path.stem)), *([path.stem] if isinstance(image_id, int) else [])]
-
-
-class NpzRegions:
-    """One .npz a picture, see region_names (YehLi/xmodaler:tools/generate_npz.py).
-
-    Keys: features [n, D], boxes [n, 4], image_h, image_w, num_boxes and, for the class probabilities, cls_prob [n, C].
-    Objects lie in a second folder of the same name and "_boxes". `most`: only the first regions of each file.
-    """
-
-    note = ""
-
-    def __init__(self, folder: Path | str, most: int | None = None, n_classes: int | None = None):
-        self.folder, self.most, self.n_classes = Path(folder), most, n_classes
-        if not self.folder.is_dir():
-            raise UserError(f"no region files: {self.folder} is not there. Two ways on: `python tools/regions.py` "
-                            "extracts them, and --regions grid does without a detector")  # fmt: skip
-
-    def __call__(self, image_id: int | str, image) -> Regions:
-        return self._read(self.folder, image_id, image)
-
-    def of_objects(self, item: Choice) -> Regions:
-        return self._read(self.folder.with_name(self.folder.name + "_boxes"), item.image_ids[0], item.images[0])
-
-    def _read(self, folder: Path, image_id, image) -> Regions:
-        names = [data.below(folder, f"{name}.npz", f"image {image_id}") for name in region_names(image_id, image)]
-        files = [folder / name for name in names]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise BadImage(files[0], "no such region file; `python tools/regions.py` writes those that are missing")
-        found = read_npz(file, self.n_classes)
-        return found.first(self.most) if self.most else found
-
-
-NPZ_KEYS = ("features", "boxes", "image_h", "image_w", "num_boxes", "cls_prob")
-
-
-def read_npz(file: Path, n_classes: int | None = None) -> Regions:
-    """A checked .npz of regions. n_classes: how many class probabilities a region must have, where it has any."""
-    try:
-        with np.load(file) as content:  # no pickles: that is its default
-            arrays = {name: np.asarray(content[name]) for name in NPZ_KEYS if name in content.files}
-    except Exception as error:  # a damaged archive raises nearly everything
-        raise BadImage(file, f"cannot be read ({type(error).__name__}: {error}); extract this picture again") from None
-    missing = [name for name in ("features", "boxes", "image_h", "image_w") if name not in arrays]
-    if missing:
-        raise BadImage(file, f"no `{'`, `'.join(missing)}` in it; a file of features alone is not enough")
-    try:
-        width, height = (float(arrays[name].reshape(-1)[0]) for name in ("image_w", "image_h"))
-        features, boxes = (arrays[name].astype(np.float32) for name in ("features", "boxes"))
-        classes = arrays["cls_prob"].astype(np.float32) if "cls_prob" in arrays else None
-        said = int(arrays["num_boxes"].reshape(-1)[0]) if "num_boxes" in arrays else len(boxes)
-    except (ValueError, IndexError, TypeError, OverflowError) as error:
-        raise BadImage(file, f"not of the documented form ({error})") from None
-    if said != len(boxes):
-        raise BadImage(file, f"`num_boxes` is {said}, but there are {len(boxes)} boxes; extract this picture again")
-    return Regions(features, boxes, (width, height), classes).checked(file, n_classes)
-
-
-class TsvRegions:
-    """The .tsv files of peteanderson80/bottom-up-attention, by an index of their lines, made anew at every start.
-
-    They have no class probabilities. Columns: image_id, image_w, image_h, num_boxes,
-    boxes, features, the last two float32 in base64.
-    """
-
-    note = "these .tsv files hold no class probabilities: a loss that needs them is off"
-
-    def __init__(self, files: Sequence[Path | str], most: int | None = None):
-        self.files, self.most, self.places = [Path(file) for file in files], most, {}
-        for file in self.files:
-            with open(file, "rb") as lines:
-                start = 0
-                for line in lines:
-                    self.places[line.split(b"\t", 1)[0].decode("utf-8", "replace")] = file, start
-                    start += len(line)
-
-    def __call__(self, image_id: int | str, image) -> Regions:
-        key = next((key for key in region_names(image_id, image) if key in self.places), None)
-        if key is None:
-            raise BadImage(f"{self.files[0]}, image {image_id}", "not in this file; download all parts of the set")
-        file, start = self.places[key]
-        with open(file, "rb") as lines:
-            lines.seek(start)
-            cells = lines.readline().rstrip(b"\r\n").split(b"\t")
-        where = f"{file}, image {image_id}"
-        try:
-            width, height, n = map(int, cells[1:4])
-            boxes, features = (np.frombuffer(base64.b64decode(cell), dtype="<f4") for cell in cells[4:])
-            boxes, features = boxes.reshape(n, 4), features.reshape(n, len(features) // max(1, n))
-        except (ValueError, OverflowError) as error:
-            raise BadImage(where, f"not of the form image_id, w, h, num_boxes, boxes, features ({error})") from None
-        found = Regions(features.copy(), boxes.copy(), (width, height)).checked(where)
-        return found.first(self.most) if self.most else found
-
-    def of_objects(self, item: Choice) -> Regions:
-        raise UserError("regions of VCR's objects do not come as .tsv; write .npz files with tools/regions.py")
-
-
-@dataclass
-class SceneRegions:
-    """What a detector would say of scenes drawn at size x size: see scenes.regions."""
-
-    size: int = 64
-    note = ""
-
-    def __call__(self, image_id: int | str, image) -> Regions:
-        found = scenes.regions(image, self.size)
-        return Regions(found["features"], found["boxes"], (self.size, self.size), found["cls_prob"])
-
-    def of_objects(self, item: Choice) -> Regions:
-        return self(item.image_ids[0], item.images[0]).first(len(item.objects))

@@ -249,7 +249,7 @@ def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, 
 
 @dataclass
 class Regions:
-    """What a detector says about one picture; float32 throughout. Checked where it is made: BadImage."""
+    """What a detector says about one picture, see regions.py. All float32. Checked where it is made: BadImage."""
 
     features: np.ndarray  # [n, D]
     boxes: np.ndarray  # [n, 4] x1, y1, x2, y2 in pixels
@@ -293,49 +293,6 @@ class Regions:
         return self
 
 
-class GridRegions:
-    """A grid of crops in place of a detector (HERE[data-5]): any picture has regions, but none has a class.
-
-    Each crop is resized to 16 x 16 and flattened: features [rows * rows, 768] in 0..1, like those of scenes.
-    """
-
-    note = "regions are a grid of crops, not a detector's: without class probabilities, a loss that needs them is off"
-    CROP = (16, 16)
-
-    def __init__(self, rows: int = 4):
-        self.rows = rows
-
-    def __call__(self, image_id: int | str, image) -> Regions:
-        cells = [(x, y, x + 1, y + 1) for y in range(self.rows) for x in range(self.rows)]
-        picture = load_image(image, 256)
-        return self._crops(picture, np.array(cells, dtype=np.float32) / self.rows * [*picture.size, *picture.size])
-
-    def of_objects(self, item: Choice) -> Regions:
-        """Crops of the objects of a Choice, in their order."""
-        picture = load_image(item.images[0], 256)
-        return self._crops(picture, object_boxes(item, picture.size))
-
-    def _crops(self, picture: Image.Image, boxes: np.ndarray) -> Regions:
-        crops = [picture.resize(self.CROP, Image.Resampling.BILINEAR, box=tuple(map(float, box))) for box in boxes]
-        features = np.stack([np.asarray(crop, dtype=np.float32).reshape(-1) / 255 for crop in crops])
-        return Regions(features, boxes.astype(np.float32), picture.size)
-
-
-def object_boxes(item: Choice, size: tuple[int, int]) -> np.ndarray:
-    """float32 [objects, 4] of a Choice, from its metadata file, clipped to the picture of `size`. Raises BadImage."""
-    if item.metadata is None:
-        return scenes.regions(item.images[0], size[0])["boxes"][: len(item.objects)]
-    try:
-        rows = json.loads(item.metadata.read_text("utf-8"))["boxes"]
-        boxes = np.array([row[:4] for row in rows], dtype=np.float32)  # the fifth is a confidence
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise BadImage(item.metadata, f"no boxes in it ({type(error).__name__}: {error})") from None
-    if boxes.shape != (len(item.objects), 4):
-        raise BadImage(item.metadata, f"boxes of the shape {list(boxes.shape)} for {len(item.objects)} objects")
-    boxes = np.clip(boxes, 0, np.array([*size, *size], dtype=np.float32))  # people who stand half in the picture
-    return Regions(boxes, boxes, size).checked(item.metadata).boxes
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 
@@ -375,16 +332,19 @@ def normalise_answer(text: str) -> str:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the three ids that batches need. GPT-2 has one special token for all three."""
+    """A `tokenizers.Tokenizer` with the three ids that batches need, and BERT's [MASK], where there is one.
 
-    def __init__(self, backend, bos: int, eos: int, pad: int):
-        self.backend, self.bos, self.eos, self.pad = backend, bos, eos, pad
+    GPT-2 has one special token for all three, and nothing to hide words behind: mask is None.
+    """
+
+    def __init__(self, backend, bos: int, eos: int, pad: int, mask: int | None = None):
+        self.backend, self.bos, self.eos, self.pad, self.mask = backend, bos, eos, pad, mask
         backend.no_truncation()  # files from the hub may ask for either; lengths are ours to decide
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" or "[SEP]" inside a caption is text, not a command
 
     def __reduce__(self):  # the backend's own pickle forgets encode_special_tokens
-        return _tokenizer_from_text, (self.backend.to_str(), self.bos, self.eos, self.pad)
+        return _tokenizer_from_text, (self.backend.to_str(), self.bos, self.eos, self.pad, self.mask)
 
     @property
     def vocab_size(self) -> int:
@@ -402,14 +362,15 @@ class Tokenizer:
         return self.backend.decode([i for i in ids if i not in (self.bos, self.pad)], skip_special_tokens=True).strip()
 
     def save(self, folder: Path | str) -> None:
-        """Writes tokenizer.json, which other libraries read too, and tokenizer_meta.json with the three ids."""
+        """Writes tokenizer.json, which other libraries read too, and tokenizer_meta.json with the ids."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.backend.save(str(Path(folder, "tokenizer.json")))
-        Path(folder, "tokenizer_meta.json").write_text(json.dumps({k: getattr(self, k) for k in ("bos", "eos", "pad")}))
+        ids = {name: getattr(self, name) for name in ("bos", "eos", "pad", "mask")}
+        Path(folder, "tokenizer_meta.json").write_text(json.dumps(ids))
 
     @staticmethod
     def load(folder: Path | str) -> Tokenizer:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote; older runs name no mask."""
         files = [Path(folder, name) for name in ("tokenizer.json", "tokenizer_meta.json")]
         for file in files:
             if not file.is_file():
@@ -421,9 +382,11 @@ class Tokenizer:
 
     @staticmethod
     def from_pretrained(name_or_dir: str | Path) -> Tokenizer:
-        """Of a hub id, or of a directory: one of ours, one that transformers reads, or vocab.json + merges.txt alone.
+        """Of a hub id, or of a directory: one of ours, one that transformers reads, or GPT-2's vocab.json + merges.txt
+        or BERT's vocab.txt (lower-case) alone.
 
-        bos, eos, pad are the model's own; BERT's [CLS], [SEP], [PAD]; one that is lacking is replaced by eos.
+        bos, eos, pad, mask are the model's own; BERT's [CLS], [SEP], [PAD], [MASK]. In place of one of the first three
+        that is lacking stands eos.
         """
         folder = Path(name_or_dir)
         if (folder / "tokenizer_meta.json").is_file():
@@ -437,6 +400,8 @@ class Tokenizer:
             if backend.token_to_id(END) is None:
                 raise UserError(f"{vocab} has no {END}, so it is not GPT-2's; put the model's config.json beside it")
             return _like_gpt2(backend)
+        if "vocab.txt" in present and not present & {"tokenizer.json", "config.json", "tokenizer_config.json"}:
+            return _like_bert(_read_vocabulary(folder / "vocab.txt"))
         from transformers import AutoTokenizer
 
         try:
@@ -446,8 +411,8 @@ class Tokenizer:
             kind = "the folder" if folder.is_dir() else "the hub (there is no such folder here)"
             raise UserError(
                 f"could not load the tokenizer {str(name_or_dir)!r} from {kind}: {' '.join(str(error).split())[:300]}\n"
-                "Pass a directory that holds tokenizer.json, or vocab.json and merges.txt, or pass `none` to train "
-                "without official files."
+                "Pass a directory that holds tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or pass "
+                "`none` to train without official files."
             ) from error
         eos = _first(found.eos_token_id, found.sep_token_id)
         bos, pad = _first(found.bos_token_id, found.cls_token_id, eos), _first(found.pad_token_id, eos)
@@ -455,19 +420,27 @@ class Tokenizer:
         for names in ((END, END, END), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]")):
             if eos is None and known.keys() >= set(names):  # tokenizer.json alone does not say what they are for
                 bos, eos, pad = (known[name] for name in names)
+        mask = _first(found.mask_token_id, known.get("[MASK]"), known.get("<mask>"))
         if eos is None:
             raise UserError(f"the tokenizer {name_or_dir} names no end token; set eos_token in tokenizer_config.json")
-        return _tokenizer_from_text(backend, bos, eos, pad)
+        found = _tokenizer_from_text(backend, bos, eos, pad, mask)
+        if json.loads(backend)["model"]["type"] == "WordPiece":
+            found.backend.decoder = _word_pieces().decoder  # BERT's own leaves blanks: isn ' t
+        return found
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
-        """Byte-level BPE like GPT-2's: every text can be written, so there is no unknown token.
+        """kind "bpe": byte-level like GPT-2's; every text can be written, so there is no unknown token. "wordpiece": like
+        BERT's, lower-case, without accents, punctuation apart; a word with a character that was in no text is [UNK].
 
-        The same texts give the same tokenizer. `vocab_size` is an upper bound; 256 bytes and the end token are the
-        least. Texts are taken as they are: clean them first if cleaned captions are what will be encoded.
+        The same texts give the same tokenizer. `vocab_size` is an upper bound; the least are 257, bytes and end token,
+        or the characters and five special tokens. Texts are taken as they are: clean them first if cleaned captions are
+        what will be encoded.
         """
+        if kind == "wordpiece":
+            return _train_wordpiece(list(texts), vocab_size)
         if kind != "bpe":
-            raise UserError(f"tokenizer kind {kind!r} is not known; the only one is 'bpe'")
+            raise UserError(f"tokenizer kind {kind!r} is not known; it is 'bpe' or 'wordpiece'")
         if vocab_size < 257:
             raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and the end token need 257")
         from tokenizers import models, pre_tokenizers, trainers
@@ -487,10 +460,10 @@ class Tokenizer:
 END = "<|endoftext|>"  # GPT-2's only special token: bos, eos and pad
 
 
-def _tokenizer_from_text(text: str, bos: int, eos: int, pad: int) -> Tokenizer:
+def _tokenizer_from_text(text: str, bos: int, eos: int, pad: int, mask: int | None = None) -> Tokenizer:
     import tokenizers
 
-    return Tokenizer(tokenizers.Tokenizer.from_str(text), bos, eos, pad)
+    return Tokenizer(tokenizers.Tokenizer.from_str(text), bos, eos, pad, mask)
 
 
 def _byte_level(model):
@@ -509,6 +482,72 @@ def _like_gpt2(backend) -> Tokenizer:
     return Tokenizer(backend, bos=end, eos=end, pad=end)
 
 
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def _word_pieces(vocabulary: dict[str, int] | None = None):
+    """BERT's pipeline around a vocabulary: lower case, no accents, punctuation apart, "##" inside of words."""
+    import tokenizers
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary or {}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # Where blanks stood beside punctuation is lost. As captions have it: a dog, isn't it; t-shirt; 3.5; at 10:30
+    tidy = (r" (?=[.,?!;:])", ""), (r"(?<=\w) ' (?=(s|t|m|d|re|ve|ll)\b)", "'"), (r"(?<=\w) - (?=\w)", "-"), \
+           (r"(?<=\d[.:]) (?=\d)", "")  # fmt: skip
+    backend.decoder = decoders.Sequence([
+        decoders.WordPiece(cleanup=False), decoders.Fuse(),
+        *(decoders.Replace(tokenizers.Regex(pattern), text) for pattern, text in tidy),
+    ])  # fmt: skip
+    return backend
+
+
+def _like_bert(vocabulary: dict[str, int]) -> Tokenizer:
+    backend = _word_pieces(vocabulary)
+    backend.add_special_tokens(list(BERT_TOKENS))  # each keeps its id
+    pad, _, bos, eos, mask = map(backend.token_to_id, BERT_TOKENS)
+    return Tokenizer(backend, bos, eos, pad, mask)
+
+
+def _read_vocabulary(file: Path) -> dict[str, int]:
+    """BERT's vocab.txt: a token a line, its id is the number of the line, from 0 on."""
+    try:
+        lines = file.read_text("utf-8").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); fetch it again") from None
+    vocabulary = {line: number for number, line in enumerate(lines)}
+    missing = [token for token in BERT_TOKENS if token not in vocabulary]
+    if missing or len(vocabulary) < len(lines):
+        wrong = f"no {', '.join(missing)}" if missing else "a line twice"
+        raise UserError(f"{file} has {wrong}, so it is not BERT's; pass the folder of bert-base-uncased")
+    return vocabulary
+
+
+def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
+    """WordPieceTrainer numbers pieces like ##a in the order of a hash table and breaks ties between pairs by these
+    numbers: no two runs would agree. So the single characters are numbered here and given to it as special tokens."""
+    from tokenizers import trainers
+
+    backend = _word_pieces()
+    split = backend.pre_tokenizer.pre_tokenize_str
+    words = {word for text in texts for word, _ in split(backend.normalizer.normalize_str(text))}
+    inside = {char for word in words if len(word) > 1 for char in word}
+    pieces = [*BERT_TOKENS, *sorted({char for word in words for char in word}), *sorted(f"##{c}" for c in inside)]
+    if vocab_size < len(pieces):
+        raise UserError(f"a vocabulary of {vocab_size} is too small: the characters of these texts, each at the start "
+                        f"and inside of words, and {len(BERT_TOKENS)} special tokens need {len(pieces)}")  # fmt: skip
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=pieces,
+        limit_alphabet=len(pieces),  # all of them; by default the 1,000 most frequent
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _like_bert(json.loads(backend.to_str())["model"]["vocab"])
+
+
 def _first(*ids: int | None) -> int | None:
     return next((i for i in ids if i is not None), None)
 
@@ -519,18 +558,30 @@ def _first(*ids: int | None) -> int | None:
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)  # leftmost, right-hand too
 
 
+def swap_sides(text: str) -> str:
+    """What is said of a picture, as it is true of its mirror image: left for right and right for left."""
+
+    def other(found: re.Match) -> str:
+        side = "right" if found[0].lower() == "left" else "left"
+        return side if found[0].islower() else side.upper() if found[0].isupper() else side.capitalize()
+
+    return SIDES.sub(other, text)
+
+
 class Samples(Dataset):
     """What the samples of all tasks share: a picture or its regions, texts as token ids, one seed for all luck.
 
     Training, key (epoch, index): augmented; the same (seed, epoch, index) gives the same sample in every process.
     Evaluation, key index: as it is. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders
-    judge. Pictures are uint8 [3, S, S]; where `regions` is given (a source of them, see corpora.py) they are Regions.
+    judge. Pictures are uint8 [3, S, S]; where `regions` is given (a source of them, see regions.py) they are Regions.
+    mirror: the probability that a training sample of Examples or Choices sees the regions of the mirrored picture,
+    where the source has them; then left and right change places in its texts.
     """
 
     def __init__(self, items: Sequence, tokenizer: Tokenizer | None, size: int, max_len: int | None = None,
-                 train: bool = False, augment: str = "none", seed: int = 0, regions=None):
+                 train: bool = False, augment: str = "none", seed: int = 0, regions=None, mirror: float = 0.0):
         self.items, self.tokenizer, self.size, self.train, self.seed = items, tokenizer, size, train, seed
-        self.max_len, self.augment, self.regions = max_len, augment, regions
+        self.max_len, self.augment, self.regions, self.mirror = max_len, augment, regions, mirror
 
     def __len__(self) -> int:
         return len(self.items)
@@ -543,10 +594,15 @@ class Samples(Dataset):
         except BadImage as bad:
             return {"image_id": ids_of(item)[0], "bad": str(bad)}
 
-    def see(self, image_id: int | str, image, said: Iterable[str], rng: random.Random) -> dict:
-        """{"regions": Regions} or {"pixels"}. A picture whose texts speak of left or right is not mirrored."""
+    def is_mirrored(self, rng: random.Random) -> bool:
+        """Drawn for a training sample; where there is nothing to draw, `rng` stays as it is."""
+        can_be = self.train and self.mirror > 0 and self.regions is not None and self.regions.mirrors
+        return can_be and rng.random() < self.mirror
+
+    def see(self, image_id: int | str, image, said: Iterable[str], rng: random.Random, mirrored: bool = False) -> dict:
+        """{"regions": Regions} or {"pixels"}. Pixels whose texts speak of left or right are not mirrored."""
         if self.regions is not None:
-            return {"regions": self.regions(image_id, image)}
+            return {"regions": self.regions(image_id, image, mirrored)}
         augment = self.augment if self.train else "none"
         if augment == "crop+flip" and any(SIDES.search(text) for text in said):
             augment = "crop"  # HERE[data-11]: mirrored, "left of" would be false
@@ -607,16 +663,19 @@ class Examples(Samples):
 
     def sample(self, item: Example, rng: random.Random) -> dict:
         images = rng.choice((item.images, *item.others)) if self.train else item.images
-        seen = [self.see(image_id, image, (item.text, *item.answers), rng)
+        text, answers, mirrored = item.text, item.answers, self.is_mirrored(rng)
+        if mirrored:  # OFFICIAL: TDEN swaps left and right in questions and in answers, which changes their classes
+            text, answers = swap_sides(text), tuple(map(swap_sides, answers))
+        seen = [self.see(image_id, image, (text, *answers), rng, mirrored)
                 for image_id, image in zip(item.image_ids, images, strict=True)]  # fmt: skip
         if len(seen) > 1:
             if self.regions is not None:
                 raise UserError("pairs of pictures are not read as regions; leave out --regions")
             seen[0] = {"pixels": torch.stack([one["pixels"] for one in seen])}
-        ids = self.tokenizer.encode(clean_caption(item.text), self.max_len)  # HERE[data-10]
+        ids = self.tokenizer.encode(clean_caption(text), self.max_len)  # HERE[data-10]
         label = -100 if item.label is None else item.label
         return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen[0], "texts": [[ids]],
-                "label": label, "soft": soft_scores(item.answers, self.classes)}  # fmt: skip
+                "label": label, "soft": soft_scores(answers, self.classes)}  # fmt: skip
 
 
 class Choices(Samples):
@@ -635,18 +694,20 @@ class Choices(Samples):
 
     def sample(self, item: Choice, rng: random.Random) -> dict:
         asked, choices, label = item.asked(self.task, self.answer)
-        rows = [_cut([self._encode(text) for text in (*asked, choice)], self.max_len) for choice in choices]
-        seen = self.see(item.image_ids[0], item.images[0], (), rng)
+        mirrored = self.is_mirrored(rng)
+        rows = [_cut([self._encode(text, mirrored) for text in (*asked, choice)], self.max_len) for choice in choices]
+        seen = self.see(item.image_ids[0], item.images[0], (), rng, mirrored)
         if self.regions is not None:
-            seen["objects"] = self.regions.of_objects(item)
+            seen["objects"] = self.regions.of_objects(item, mirrored)
         return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen,
                 "texts": [[[i for i, _ in part] for part in row] for row in rows],
                 "tags": [[[tag for _, tag in part] for part in row] for row in rows],
                 "label": -100 if label is None else label}  # fmt: skip
 
-    def _encode(self, text: Tagged) -> list[tuple[int, int]]:
+    def _encode(self, text: Tagged, mirrored: bool = False) -> list[tuple[int, int]]:
         """(token id, tag) of each token; word by word, which gives the tokens of the whole text."""
-        words = enumerate(zip(text.words, text.tags, strict=True))
+        said = map(swap_sides, text.words) if mirrored else text.words  # HERE[data-13]: else "left of" would be false
+        words = enumerate(zip(said, text.tags, strict=True))
         return [(i, tag) for n, (word, tag) in words for i in self.tokenizer.encode(" " * bool(n) + word.lower())]
 
 

@@ -867,7 +867,7 @@ def score_gallery(encode_image, encode_text, score, loader, texts, chunk=256):
     return dict(common.gather_lists(list(rows.items())))
 
 
-def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000):
+def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000, sheet="samples.png"):
     """Every test split as a gallery, with the first `n_captions` captions of each picture, for any model that scores.
 
     gallery(items, texts) -> what score_gallery gives. Larger galleries of whole folds are also cut into them: the
@@ -895,5 +895,5 @@ def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold
         controls = {"shuffled_images": columns[f"{split}, shuffled"]}
         splits[split] = {"metrics": columns[split], "controls": controls}
         if split == tests[0]:
-            sheets.draw_ranking(folder / "samples.png", items, texts, owner, scores)
+            sheets.draw_ranking(folder / sheet, items, texts, owner, scores)
     return splits, columns

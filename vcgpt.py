@@ -22,10 +22,10 @@ sentence fluent, so the fusion module only has to learn what the picture adds.
 
 Pre-training reads any .jsonl (`--preset base --task pretrain`); the paper's corpus, Visual Genome, has no loader yet.
 
-Reading map: Config, presets, recipes | blocks | CLIP-ViT | GPT-2 | fusion and self-ensemble | losses | decoding |
-official weights | optimizer, self-critical samples, training loop | evaluation | main. Marks: `# PAPER` what the paper
-says, `# HERE[id]` what we do and why (the id is a row of docs/divergences.md). The authors have published no code;
-every setting that the paper leaves open is our choice and says so.
+Reading map: config, presets, recipes | blocks | model: CLIP-ViT and GPT-2 | model: fusion and self-ensemble | losses |
+decoding | official weights | training: optimizer, self-critical samples, the loop | evaluation | main. Marks: `# PAPER`
+what the paper says, `# HERE[id]` what we do and why (the id is a row of docs/divergences.md). The authors have
+published no code; every setting that the paper leaves open is our choice and says so.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ import corpora
 import data
 import eval as scoring
 from common import UserError
-from tools import compare, judge
+from tools import compare, finish, judge
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config. Every field is a flag; its comment is the flag's help.
+# Config, presets, recipes. Every field is a flag; its comment is the flag's help.
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two backbones
+# Model: CLIP-ViT and GPT-2
 
 
 class ConvStem(nn.Sequential):
@@ -338,7 +338,7 @@ class GPT2(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VC-GPT: fusion module and self-ensemble
+# Model: fusion and self-ensemble
 
 
 class VCGPT(nn.Module):
@@ -524,7 +524,7 @@ def generate(model: VCGPT, pixels, beam=1, temperature=0.0, luck: torch.Generato
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official weights: transformers' names for CLIP and GPT-2. Every key is used once or is on the list of known others.
+# Official weights. Names are transformers', of CLIP and GPT-2; each key is used once or is on the list of known others.
 
 
 def load_clip(tower: CLIPVision, state: dict) -> None:
@@ -590,7 +590,7 @@ def load_gpt2(gpt2: GPT2, state: dict) -> None:
                     f"{ours}.cross.kv.{part}": f"{theirs}.crossattention.c_attn.{part}",
                     f"{ours}.cross.out.{part}": f"{theirs}.crossattention.c_proj.{part}",
                 }
-    common.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack="cross")
+    common.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack=("cross",))
 
 
 def clip_sizes(config: dict) -> dict:
@@ -616,7 +616,7 @@ def gpt2_sizes(config: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training: optimizer, self-critical samples, the loop
 
 
 def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
@@ -994,13 +994,10 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, UserError) as error:
         raise common.stopped(run, machine, why=error) from None
     if machine.is_main:
-        print(f"\n{common.table(columns)}\n")
-        if cfg.data == "scenes":
-            print(judge.how_it_sees(columns["test"], columns["test, shuffled"]))
-        print(f"\n{run.path / 'samples.png'}: test pictures with captions\n{run.path / 'metrics.json'}: this table")
-        print(common.curves(run.path / "curves.png", run.path / "log.jsonl"))
-        print(f"go on: python vcgpt.py --caption PICTURE --init {shlex.quote(str(run.path))}")
-        print(f"{time.perf_counter() - started:.0f} seconds in all")
+        scenes = cfg.data == "scenes"
+        remark = judge.how_it_sees(columns["test"], columns["test, shuffled"]) if scenes else ""
+        finish.tell(columns, run, started, remark, "test pictures with captions",
+                    f"python vcgpt.py --caption PICTURE --init {shlex.quote(str(run.path))}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from typing import NamedTuple
 
 import common
 import corpora
+import regions
 from common import UserError
-from data import BadImage, Choice, Corpus, Item, files_of, ids_of, load_image, object_boxes
+from data import BadImage, Choice, Corpus, Item, files_of, ids_of, load_image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The published sizes
@@ -268,7 +269,7 @@ def check(corpus: Corpus, root: Path | None = None, train_on: str = "train", dec
     for message in unreadable[:10]:
         print(f"  {message}")
     fine = not n_missing and not unreadable and not left_out
-    for folder in ("regions", "regions_boxes"):
+    for folder in ("regions", "regions_boxes", "regions_mirrored", "regions_boxes_mirrored"):
         if root and (root / folder).is_dir():
             fine &= check_regions(corpus, root / folder, shelf, decode)
     return fine
@@ -285,7 +286,7 @@ def check_metadata(items: list, shelf: Shelf, sizes: dict, decode: bool) -> tupl
 
     def wrong_with(item: Choice) -> str | None:
         try:
-            object_boxes(item, sizes.get(item.images[0]) or (1e9, 1e9))  # a picture that cannot be read
+            regions.object_boxes(item, sizes.get(item.images[0]) or (1e9, 1e9))  # a picture that cannot be read
         except BadImage as bad:
             return str(bad)
 
@@ -301,24 +302,25 @@ MOST_REGIONS = 2_000  # region files that are read; 120,000 of them are 25 GB
 
 
 def check_regions(corpus: Corpus, folder: Path, shelf: Shelf, decode: bool) -> bool:
-    """Region files of the pictures, or, in a folder whose name ends in _boxes, of VCR's objects."""
-    is_boxes = folder.name.endswith("_boxes")
-    plain = folder.with_name(folder.name.removesuffix("_boxes"))
-    source = corpora.NpzRegions(plain) if is_boxes else corpora.source_in(folder)
+    """Region files of the pictures, or, where the name says _boxes, of VCR's objects; of either, mirrored."""
+    name = folder.name.removesuffix("_mirrored")
+    is_boxes, is_mirrored = name.endswith("_boxes"), name != folder.name
+    plain = folder.with_name(name.removesuffix("_boxes"))
+    source = regions.NpzRegions(plain) if is_boxes or is_mirrored else regions.source_in(folder)
     of: dict = {}  # image id -> (its picture, a sample about it)
     for item in chain(*corpus.splits.values()):
         for image_id, image in zip(ids_of(item), files_of(item), strict=True):
             of.setdefault(image_id, (image, item))
 
     def is_there(image_id) -> bool:
-        if isinstance(source, corpora.TsvRegions):
-            return any(name in source.places for name in corpora.region_names(image_id, of[image_id][0]))
-        return any(shelf.has(folder / f"{name}.npz") for name in corpora.region_names(image_id, of[image_id][0]))
+        if isinstance(source, regions.TsvRegions):
+            return any(name in source.places for name in regions.region_names(image_id, of[image_id][0]))
+        return any(shelf.has(folder / f"{name}.npz") for name in regions.region_names(image_id, of[image_id][0]))
 
     def read(image_id):
         image, item = of[image_id]
         try:
-            found = source.of_objects(item) if is_boxes else source(image_id, image)
+            found = source.of_objects(item, is_mirrored) if is_boxes else source(image_id, image, is_mirrored)
         except BadImage as bad:
             return str(bad)
         if is_boxes and len(found.boxes) != len(item.objects):

@@ -3,6 +3,7 @@
     python tools/regions.py coco --root data/coco --weights hub                 data/coco/regions/<image_id>.npz
     python tools/regions.py my_photos.jsonl --weights fasterrcnn.pth            regions/ beside my_photos.jsonl
     python tools/regions.py coco --root data/coco --weights hub --share 2/8     the second of eight processes
+    python tools/regions.py vqa --root data/vqa --weights hub --mirrored        of the pictures seen in a mirror
 
     picture ── resized ── backbone ── RPN ──> proposals ── RoIAlign, box head ──> features ──> class distribution
                                                  └────────── NMS within each class, best 10 to 100 ──────┘
@@ -37,11 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 import common  # noqa: E402
 import corpora  # noqa: E402
 import data  # noqa: E402
+import regions  # noqa: E402  (the file above: the root comes first in sys.path)
 from common import UserError  # noqa: E402
 
 DETECTORS = ("fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn")
@@ -74,8 +77,8 @@ def pictures_of(corpus) -> dict:
 class Photos(Dataset):
     """(index, uint8 [3, H, W]) of a picture, or (index, why it cannot be used)."""
 
-    def __init__(self, files: list[Path], longest: int):
-        self.files, self.longest = files, longest  # the longer side, once resized
+    def __init__(self, files: list[Path], longest: int, mirrored: bool = False):
+        self.files, self.longest, self.mirrored = files, longest, mirrored  # longest: the longer side, once resized
 
     def __len__(self) -> int:
         return len(self.files)
@@ -85,6 +88,8 @@ class Photos(Dataset):
             image = data.load_image(self.files[index], 0)
         except data.BadImage as bad:
             return index, str(bad)
+        if self.mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if min(image.size) * self.longest < max(image.size):
             return index, f"{self.files[index]}: {image.size[0]}x{image.size[1]} pixels, too long and thin to resize"
         return index, torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -325,6 +330,7 @@ class Flags:
     min: int = 10  # regions a picture at least, whatever their confidence
     max: int = 100  # regions a picture at most
     ground_truth: bool = False  # at the boxes that the data gives (VCR), into regions_boxes/, instead of proposals
+    mirrored: bool = False  # of the pictures seen in a mirror, into regions_mirrored/, for training
     share: str = "1/1"  # 2/8: every eighth picture from the second on, as one of eight processes
     overwrite: bool = False  # remove what is there, and begin again
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -352,12 +358,14 @@ def parse(argv: list[str]) -> tuple[str, Flags, tuple[int, int]]:
 
 
 def default_folder(name: str, flags: Flags) -> Path:
-    return corpora.folder_of(name, flags.root) / ("regions_boxes" if flags.ground_truth else "regions")
+    folder = "regions" + "_boxes" * flags.ground_truth + "_mirrored" * flags.mirrored
+    return corpora.folder_of(name, flags.root) / folder
 
 
 def extract(model, device: str, flags: Flags, files: list[Path], given: list | None, save, progress, bad: list) -> None:
     """The regions of each file to save(index, shape, boxes, features, distribution), the unreadable ones to `bad`."""
-    loader = DataLoader(Photos(files, model.transform.max_size), batch_size=None, num_workers=flags.workers,
+    photos = Photos(files, model.transform.max_size, flags.mirrored)
+    loader = DataLoader(photos, batch_size=None, num_workers=flags.workers,
                         persistent_workers=flags.workers > 0, worker_init_fn=data._start_worker)  # fmt: skip
 
     def readable():
@@ -369,7 +377,8 @@ def extract(model, device: str, flags: Flags, files: list[Path], given: list | N
                 progress.add(1)
                 continue
             try:
-                boxes = given and data.object_boxes(given[index], (pixels.shape[2], pixels.shape[1]))
+                boxes = given and regions.object_boxes(given[index], (pixels.shape[2], pixels.shape[1]))
+                boxes = regions.mirrored_boxes(boxes, pixels.shape[2]) if given and flags.mirrored else boxes
             except data.BadImage as wrong:
                 bad.append(str(wrong))
                 progress.say(f"cannot be used: {wrong}")
@@ -412,6 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     import torchvision
 
     chosen = {} if given else {"threshold": flags.threshold, "min": flags.min, "max": flags.max}
+    chosen |= {"mirrored": True} if flags.mirrored else {}
     settings = {"detector": flags.detector, "weights": path.name, "sha256": sha256[:16], "classes": classes,
                 "size": flags.size, "boxes": "given" if given else "proposals", **chosen,
                 "torchvision": torchvision.__version__.partition("+")[0]}  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Choice, Tagged, load_image, object_boxes
+from data import Choice, Tagged, load_image
+from regions import object_boxes
 from tools import judge
 
 PAPER = (250, 249, 246)

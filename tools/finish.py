@@ -1,0 +1,44 @@
+"""What a run of any model file says and draws when it is over."""
+
+import time
+from pathlib import Path
+
+import common
+
+QUIET = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}  # of the log: not drawn
+
+
+def tell(columns: dict, run: common.Run, started: float, remark: str, pictures: str, go_on: str) -> None:
+    """The table, one sentence about it, the files with what the pictures show, and the command that may follow."""
+    print(f"\n{common.table(columns)}\n")
+    if remark:
+        print(f"{remark}\n")
+    print(f"{run.path / 'samples.png'}: {pictures}\n{run.path / 'metrics.json'}: this table")
+    print(curves(run.path / "curves.png", run.path / "log.jsonl"))
+    print(f"go on: {go_on}\n{time.perf_counter() - started:.0f} seconds in all")
+
+
+def curves(path: Path, log: Path) -> str:
+    """Draw every loss and val metric of log.jsonl; returns what to tell the user (matplotlib is optional)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no curves.png: matplotlib is not installed"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = common.read_log(log)
+    names = list(dict.fromkeys(k for r in records for k in r if k not in QUIET))
+    rows = -(-len(names) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return str(path)
