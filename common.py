@@ -489,11 +489,13 @@ def linear_schedule(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
 
 
-def step_schedule(step: int, steps: int, warmup: float, drops: list[float], factor: float) -> float:
-    """Share of the peak rate at `step` (0-based): linear rise, then constant, times `factor` at each of `drops`, which
-    are shares of all steps."""
-    rise = max(1, int(warmup * steps))
-    return min(1.0, (step + 1) / rise) * factor ** sum(step >= drop * steps for drop in drops)
+def schedule(cfg, step: int) -> float:
+    """Share of the peak rate: linear_schedule, or where cfg.drops names shares of all steps ("0.5,0.6"), constant after
+    the rise and times cfg.drop_factor at each of them."""
+    if not cfg.drops:
+        return linear_schedule(step, cfg.steps, cfg.warmup)
+    n_drops = sum(step >= float(drop) * cfg.steps for drop in cfg.drops.split(","))
+    return min(1.0, (step + 1) / max(1, int(cfg.warmup * cfg.steps))) * cfg.drop_factor**n_drops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,6 +570,23 @@ def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], wh
     if wrong:
         raise UserError(f"{what} weights of other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
     module.load_state_dict(new, strict=not may_lack)
+
+
+def load_parts(model, state: dict, names: dict, not_used: tuple[str, ...], what: str) -> str:
+    """As load_renamed, but a part (a child of `model`) of which `state` has nothing keeps its first weights.
+
+    A part that is there must be whole. Returns a sentence on which parts the file has, which are new, what is left.
+    """
+    lists = {ours: [theirs] if isinstance(theirs, str) else theirs for ours, theirs in names.items()}
+    there = {ours.split(".")[0] for ours, theirs in lists.items() if theirs[0] in state}
+    fresh = [name for name, part in model.named_children() if name not in there and part.state_dict()]
+    if not there:
+        raise UserError(f"{what} has nothing for this model; its first keys are {', '.join(list(state)[:3])}")
+    kept = {ours: theirs for ours, theirs in names.items() if ours.split(".")[0] in there}
+    load_renamed(model, state, kept, not_used, what, may_lack=tuple(f"{name}." for name in fresh))
+    left = {key.split(".")[0] for key in state} - {key.split(".")[0] for ours in kept for key in lists[ours]}
+    told = (("has", sorted(there)), ("new here", fresh), ("not used", sorted(left)))
+    return f"{what}: " + "; ".join(f"{title} {', '.join(parts)}" for title, parts in told if parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -151,6 +151,20 @@ def load_scenes(world="tiny", n_train: int = 20_000, n_val: int = 500, n_test: i
     return Corpus("scenes", splits, answers=answers)
 
 
+def texts(corpus: Corpus, world: str = "tiny", most: int = 20_000):
+    """What a tokenizer is trained on: the texts of the first `most` training samples, cleaned. Of scenes a tenth of
+    that, but of all tasks, so that a fine-tuned model knows its words, as it would with BERT's vocabulary."""
+    samples = [corpus.splits["train"][: most if corpus.name != "scenes" else most // 10]]
+    if corpus.name == "scenes":
+        samples += [load_scenes(world, 1000, task=task).splits["train"] for task in ("caption", "vqa", "vcr")]
+    for items in samples:
+        for item in items:
+            said = getattr(item, "captions", None) or (getattr(item, "text", ""),)
+            if isinstance(item, Choice):
+                said = map(str, (item.question, *item.answers, *item.rationales))
+            yield from map(data.clean_caption, said)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # COCO and the Flickrs
 

@@ -161,11 +161,13 @@ class BadImage(Exception):
 
 
 def load_image(image: Path | str | scenes.Scene, size: int) -> Image.Image:
-    """A file as an upright PIL RGB image at its own size, or a scene drawn at size x size.
+    """A file or an opened picture as an upright PIL RGB image at its own size, or a scene drawn at size x size.
 
     The content decides on the decoder, not the extension (many of NLVR2's .png files are JPEG). Transparency is laid
     over black, the colour of the padding. Raises BadImage for whatever cannot be read.
     """
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
     if not isinstance(image, (str, os.PathLike)):
         return scenes.render(image, size)
     try:
@@ -430,7 +432,7 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
-        """kind "bpe": byte-level like GPT-2's; every text can be written, so there is no unknown token. "wordpiece": like
+        """bpe: byte-level like GPT-2's; every text can be written, so there is no unknown token. wordpiece: like
         BERT's, lower-case, without accents, punctuation apart; a word with a character that was in no text is [UNK].
 
         The same texts give the same tokenizer. `vocab_size` is an upper bound; the least are 257, bytes and end token,
@@ -836,6 +838,32 @@ def pad_captions(rows: list[list[int]], bos: int, eos: int, pad: int) -> dict[st
     ids = torch.tensor([[bos, *row] + [pad] * (length - 1 - len(row)) for row in rows])
     targets = torch.tensor([[*row, eos] + [-100] * (length - 1 - len(row)) for row in rows])
     return {"ids": ids, "targets": targets, "keep_mask": targets != -100}
+
+
+def whole_captions(batch: dict, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a batch of captions (ids bos w, targets w eos): ids bos w eos [R, T + 1], and their keep mask."""
+    is_real = batch["targets"] != -100
+    ids = torch.cat([batch["ids"][:, :1], batch["targets"].masked_fill(~is_real, pad)], dim=1)
+    return ids, torch.nn.functional.pad(is_real, (1, 0), value=True)
+
+
+def mask_words(ids, may_mask, mask: int, vocab_size: int, share: float, luck: torch.Generator):
+    """BERT's corruption (arXiv 1810.04805). -> corrupted ids, labels: the true ids where selected, -100 elsewhere.
+
+    may_mask bool like ids [R, T]: no special tokens, no padding. Of `share` of these words 80 % become `mask`, 10 % any
+    token of the vocabulary, 10 % stay.
+    """
+    is_selected = (torch.rand(ids.shape, generator=luck) < share) & may_mask
+    lot = torch.rand(ids.shape, generator=luck)
+    others = torch.randint(vocab_size, ids.shape, generator=luck)
+    shown = torch.where(lot < 0.8, mask, torch.where(lot < 0.9, others, ids))
+    return torch.where(is_selected, shown, ids), ids.masked_fill(~is_selected, -100)
+
+
+def picture_numbers(batch: dict, k: int) -> torch.Tensor:
+    """int64 [B * k] for k texts of each picture: equal where the pictures are the same."""
+    number = {image_id: n for n, image_id in enumerate(dict.fromkeys(batch["image_id"]))}
+    return torch.tensor([number[image_id] for image_id in batch["image_id"] for _ in range(k)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Metrics, decoding and evaluators: what a fifth paper would use unchanged. Nothing here knows a model.
+"""Metrics, rewards and evaluators: what a fifth paper would use unchanged. Nothing here knows a model.
 
     tokenizer          tokenize_caption: PTB-like rules, no Java
     BLEU               bleu, bleu_per_image: corpus BLEU-1..4, closest reference length
@@ -9,7 +9,6 @@
     questions          vqa_accuracy, class_accuracy (SNLI-VE), nlvr2_metrics, vcr_metrics
     retrieval          recalls: both directions, one gallery or the mean over folds
     controls           shuffled, best_constant_caption
-    decoding           beam_search, greedy, sample, over any object with `step` and `reorder`
     evaluators         caption_split: decode a split, exactly once per image, on any number of processes;
                        predict_split: score one; score_gallery: pictures against texts; evaluate_captions, _examples,
                        _retrieval: every test split with its controls, result files and a contact sheet
@@ -27,7 +26,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
 from common import UserError
@@ -548,106 +546,6 @@ def best_constant_caption(train_captions, val_refs, limit=None):
         raise UserError("best_constant_caption: no training captions")
     scorer = CiderD({i: [tokenize_caption(ref) for ref in refs] for i, refs in val_refs.items()})
     return candidates[int(np.argmax(scorer.score_everywhere([tokenize_caption(c) for c in candidates])))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-# A decoder is any object, made for R = B * beam rows (image-major), with
-#   step(ids: LongTensor [R, t]) -> logits [R, V] of the next token; ids holds everything so far, bos first, so that a
-#                                   decoder with a cache reads the last column only
-#   reorder(rows: LongTensor [R]) -> None; the caches follow: row r now continues what row rows[r] was. Rows never leave
-#                                   the block of their image, so memories that depend on the image alone may stay.
-
-
-@torch.no_grad()
-def beam_search(decoder, B, beam, bos, eos, max_new, alpha=1.0, device="cpu"):
-    """(ids LongTensor [B, max_new] without bos, filled with eos after the end; scores [B] = sum log p / length^alpha).
-
-    The length counts eos. At the first step one beam counts, the others being copies. At every step an image keeps its
-    best `beam - finished` continuations by summed log p, eos among them; one that ends is finished and its slot is not
-    filled again. An image stops when no beam lives, or when its best finished score is at least the bound of its best
-    live beam: sum / max_new^alpha, since log p only falls and a longer caption only divides by more. What lives after
-    max_new tokens counts as finished with that length. Beam 1 is greedy decoding. All images and beams move together.
-    """
-    if alpha < 0 or beam < 1 or max_new < 1:
-        raise UserError(f"beam_search needs alpha >= 0, beam >= 1 and max_new >= 1, not {alpha}, {beam}, {max_new}")
-    dead = -math.inf
-    ids = torch.full((B * beam, 1), bos, dtype=torch.long, device=device)
-    sums = torch.full((B, beam), dead, device=device)
-    sums[:, 0] = 0
-    room = torch.full((B, 1), beam, device=device)
-    slots = torch.arange(beam, device=device)
-    blocks = torch.arange(B, device=device)[:, None] * beam
-    best, best_ids = torch.full((B,), dead, device=device), torch.full((B, max_new), eos, device=device)
-    for t in range(1, max_new + 1):
-        log_p = decoder.step(ids).float().log_softmax(-1)
-        V = log_p.size(-1)
-        sums, choice = (sums[:, :, None] + log_p.view(B, beam, V)).view(B, beam * V).topk(beam)  # best first
-        sums = sums.masked_fill(slots >= room, dead)
-        rows, token = (blocks + choice // V).view(-1), choice % V
-        if beam > 1:
-            decoder.reorder(rows)
-        ids = torch.cat([ids[rows], token.view(-1, 1)], dim=1)
-        ended = sums > dead
-        if t < max_new:
-            ended &= token == eos
-        score, slot = (sums / t**alpha).masked_fill(~ended, dead).max(dim=1)
-        better = score > best
-        best = torch.where(better, score, best)
-        best_ids[better, :t] = ids.view(B, beam, t + 1)[better, slot[better], 1:]
-        room -= ended.sum(dim=1, keepdim=True)
-        sums = sums.masked_fill(ended, dead)
-        sums = sums.masked_fill((best >= sums.amax(dim=1) / max_new**alpha)[:, None], dead)
-        if not (sums > dead).any():
-            break
-    return best_ids, best
-
-
-def greedy(decoder, B, bos, eos, max_new, device="cpu"):
-    """The most probable token at every step: (ids [B, max_new] filled with eos after the end, summed log p [B])."""
-    return beam_search(decoder, B, 1, bos, eos, max_new, alpha=0.0, device=device)
-
-
-def _truncated(logits, top_k, top_p):
-    """logits [R, V] with -inf outside the kept tokens: the top_k most probable, of these the fewest that reach mass
-    top_p. The most probable token always stays."""
-    values, token = logits.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        values[:, top_k:] = -math.inf
-    if top_p < 1:
-        p = values.softmax(-1)
-        values[p.cumsum(-1) - p >= top_p] = -math.inf  # those before it reach top_p already
-    return torch.empty_like(logits).scatter(1, token, values)
-
-
-@torch.no_grad()
-def sample(decoder, B, bos, eos, max_new, generator, temperature=1.0, top_k=0, top_p=1.0):
-    """One multinomial sample per row, on the generator's device: (ids [B, max_new] filled with eos after the end,
-    summed log p [B] under the distribution that was sampled from, eos included).
-
-    logits / temperature, then the top_k most probable tokens (0: all), then of these the nucleus: the fewest whose
-    mass reaches top_p (Holtzman et al. 2020). Of equally probable tokens the lower id is kept.
-    """
-    if temperature <= 0:
-        raise UserError(f"sampling needs a temperature above 0, not {temperature}; greedy decoding is its limit at 0")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"sampling needs top_k >= 0 (0: off) and 0 < top_p <= 1 (1: off), not {top_k} and {top_p}")
-    ids = torch.full((B, 1), bos, dtype=torch.long, device=generator.device)
-    total = torch.zeros(B, device=generator.device)
-    is_live = torch.ones(B, dtype=torch.bool, device=generator.device)
-    for _ in range(max_new):
-        logits = decoder.step(ids).float() / temperature
-        if top_k or top_p < 1:
-            logits = _truncated(logits, top_k, top_p)
-        log_p = logits.log_softmax(-1)
-        token = torch.multinomial(log_p.exp(), 1, generator=generator)
-        total += log_p.gather(1, token)[:, 0].masked_fill(~is_live, 0.0)
-        token = token.masked_fill(~is_live[:, None], eos)
-        is_live &= token[:, 0] != eos
-        ids = torch.cat([ids, token], dim=1)
-        if not is_live.any():
-            break
-    return F.pad(ids[:, 1:], (0, max_new + 1 - ids.size(1)), value=eos), total
 
 
 # ---------------------------------------------------------------------------------------------------------------------

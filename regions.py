@@ -12,7 +12,7 @@ A source is called with (image id, picture, mirrored=False) and gives `data.Regi
 seen in a mirror, and `note` is what a run says of it before it starts. A detector does not see in a mirror what it saw
 before, so mirrored regions are files of their own; of crops and scenes they are made.
 
-Reading map: sources | files | crops on a grid | the small world.
+Reading map: sources | files | crops on a grid | the small world | what training and users ask.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import data
@@ -253,3 +254,66 @@ class SceneRegions:
 
     def of_objects(self, item: Choice, mirrored: bool = False) -> Regions:
         return self(item.image_ids[0], item.images[0], mirrored).first(len(item.objects))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What training and users ask
+
+
+def iou(boxes: torch.Tensor) -> torch.Tensor:
+    """[R, N, 4] x1, y1, x2, y2 in pixels, both edges inside -> [R, N, N] intersection over union."""
+    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    shared = (high - low + 1).clamp(min=0).prod(3)
+    area = (boxes[..., 2:] - boxes[..., :2] + 1).prod(2)
+    return shared / (area[:, :, None] + area[:, None] - shared)
+
+
+def numbers_and_classes(source, corpus) -> tuple[int, int]:
+    """How many numbers describe a region of this corpus, and how many classes it may have (0: the source knows none).
+
+    Looks at the first picture that can be read; UserError where none of the first 20 can.
+    """
+    bad = ""
+    for item in next(iter(corpus.splits.values()))[:20]:
+        try:
+            found = source(data.ids_of(item)[0], data.files_of(item)[0])
+        except BadImage as error:
+            bad = bad or error
+            continue
+        return found.features.shape[1], 0 if found.classes is None else found.classes.shape[1]
+    raise UserError(f"none of the first pictures of {corpus.name} has regions: {bad}")
+
+
+def of_picture(picture, kind: str, name: str, world: str = "tiny", most: int | None = None) -> Regions:
+    """What a model trained on `kind` regions of data set `name` would be given of this picture.
+
+    grid: a path, a PIL image, or of scenes SPLIT:NUMBER. files: an .npz file of regions, or a picture with one of its
+    name beside it or in regions/ beside it; of scenes SPLIT:NUMBER, which no detector needs to see. UserError otherwise.
+    """
+    scene = _scene_named(picture, world) if name == "scenes" else None
+    try:
+        if kind == "grid":
+            return GridRegions()(None, scene or (picture if hasattr(picture, "convert") else Path(picture)))
+        if scene:
+            return SceneRegions()(None, scene)
+        if name == "scenes" or hasattr(picture, "convert"):
+            what = "SPLIT:NUMBER, like test:0" if name == "scenes" else "an .npz file of regions, or a path with one"
+            raise UserError(f"{picture}: this model reads a detector's regions: give {what}; for any picture train with "
+                            "--regions grid")  # fmt: skip
+        path = Path(picture)
+        places = [path.with_suffix(".npz"), path.parent / "regions" / f"{path.stem}.npz"]
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise UserError(f"{path}: this model reads a detector's regions, and neither {places[0]} nor {places[1]} is "
+                            "there: `python tools/regions.py` writes such files")  # fmt: skip
+        found = read_npz(file)
+        return found.first(most) if most else found
+    except BadImage as bad:
+        raise UserError(f"{bad}; give another file, or make this one anew") from bad
+
+
+def _scene_named(picture, world: str):
+    """test:3 -> that scene; None for what is no such name."""
+    named = re.fullmatch(r"(train|val|test|test_compositional):(\d+)", str(picture))
+    return scenes.make_scene(scenes.get_world(world), named[1], int(named[2])) if named else None

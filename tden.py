@@ -28,9 +28,11 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,10 +42,11 @@ from torch import nn
 import common
 import corpora
 import data
+import decoding
 import eval as scoring
 import regions
 from common import UserError
-from tools import compare, finish, judge
+from tools import ask, compare, exam, finish, judge
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. Every field is a flag; its comment is the flag's help.
@@ -158,6 +161,7 @@ RECIPES = {
 
 TASKS = ("pretrain", "retrieval", "vqa", "vcr", "caption", "scst")
 QUESTION_TASKS = ("vqa", "vcr")
+PARTS = ("cross_encoder.", "cross_decoder.", "lm_head.", "moc_head.", "ism.", "answer_head.")  # that some tasks lack
 NOTHING = -100  # the label of what is not to be predicted
 LM_EPS, EMBED_EPS = 1e-12, 1e-5  # OFFICIAL: LayerNorm's epsilon in blocks and heads, and in embeddings and answer heads
 
@@ -305,10 +309,11 @@ class RegionEmbedding(nn.Module):
 # Model. `TDEN` holds the parts that its task needs; a batch is a dictionary of tensors, see `corrupt` and `rows_of`.
 
 
-class TDEN(nn.Module):
+class TDEN(nn.Module, ask.Verbs):
     """Two encoders, a cross-modal encoder, a cross-modal decoder, and the heads of `cfg.task`.
 
-    n_answers: classes of vqa. tokenizer: a data.Tokenizer with a mask token.
+    tokenizer: with a mask token. answers: the classes of vqa. For users: `from_run`, and the verbs of tools/ask.py:
+    caption(picture), score(picture, text), answer_to(picture, question).
     """
 
     def __init__(self, cfg: Config, tokenizer: data.Tokenizer | None = None, answers: tuple[str, ...] = ()):
@@ -462,40 +467,44 @@ class TDEN(nn.Module):
             g = self.generate(t, self.memory(memory), keep[:, None, None], batch["region_keep_mask"])
         return self.answer_head(v_states, u, g, seen, keep)
 
-    # --- for users
+    # --- what tools/exam.py and the verbs ask; batches are a loader's
+
+    @torch.no_grad()
+    def caption_batch(self, batch: dict, beam=1) -> list[str]:
+        """B pictures -> B captions: greedy (beam 1) or beam search."""
+        tok, batch = self.tokenizer, self.on_device(with_regions(batch, self.cfg))
+        ids, _ = decoding.competing_beams(Decoder(self, batch), len(batch["features"]), beam, tok.bos, tok.eos,
+                                          self.cfg.max_new, batch["features"].device)  # fmt: skip
+        return [" ".join(tok.decode(row).split()) for row in ids.tolist()]
+
+    def encode_images(self, batch: dict):
+        """B pictures -> [B, P] of length 1."""
+        batch = self.on_device(with_regions(batch, self.cfg))
+        return self.ism.of_image(self.see(batch), batch["region_keep_mask"])
+
+    def encode_texts(self, texts: list[str]):
+        """Texts as written -> [R, P] of length 1."""
+        tok = self.tokenizer
+        rows = [[tok.encode(data.clean_caption(text), self.cfg.max_len)] for text in texts]
+        batch = self.on_device(data.pad_texts(rows, tok.bos, tok.eos, tok.pad))
+        t = self.read(batch["ids"], torch.zeros_like(batch["ids"]), batch["keep_mask"][:, None, None])
+        return self.ism.of_text(t, batch["keep_mask"])
+
+    @torch.no_grad()
+    def answer_scores(self, batch: dict):
+        """Questions -> [B, answers], of VCR [B, 4]. OFFICIAL: the sum of softmax(u) and softmax(g)."""
+        out = self.answer(self.on_device(with_regions(batch, self.cfg) | texts_in(batch)))
+        return out["u"].float().view(-1, 4) if self.cfg.task == "vcr" else sum(x.float().softmax(-1) for x in out.values())
+
+    def on_device(self, rows: dict) -> dict:
+        device = self.tokens.word.weight.device
+        return {name: x.to(device, non_blocking=True) for name, x in rows.items()}
 
     @classmethod
     def from_run(cls, source: str, device="cpu") -> TDEN:
         """The model of a run directory (its `best`) or of one of its step_N, ready to caption, score or answer."""
         checkpoint, values = common.find_checkpoint(source, "tden")
         return build(common.config_from(Config, values), None, checkpoint).to(device).eval()
-
-    def caption(self, picture, beam: int = 0) -> str:
-        """A caption for one picture: a path, or of a run on scenes SPLIT:NUMBER. beam 0: the run's own."""
-        self.need("lm_head", "--task pretrain or caption", "captions")
-        return caption_batch(self, self.look(picture), beam or self.cfg.beam)[0]
-
-    def score(self, picture, text: str) -> float:
-        """Cosine of picture and text, -1 to 1; texts of one picture can be compared, and pictures for one text."""
-        self.need("ism", "--task pretrain or retrieval", "similarities")
-        with torch.no_grad():
-            return (encode_texts(self, [text]) @ encode_images(self, self.look(picture)).T).item()
-
-    def answer_to(self, picture, question: str) -> str:
-        """The most probable answer of a run of --task vqa."""
-        self.need("answers", "--task vqa", "answers")
-        ids = [self.tokenizer.encode(data.clean_caption(question), self.cfg.max_len)]
-        batch = self.look(picture) | data.pad_texts([ids], self.tokenizer.bos, self.tokenizer.eos, self.tokenizer.pad)
-        return self.answers[answer_scores(self, batch).argmax().item()]
-
-    def need(self, part: str, task: str, what: str) -> None:
-        if not getattr(self, part, None):
-            raise UserError(f"this run is of --task {self.cfg.task} and gives no {what}: take a run of {task}")
-
-    def look(self, picture) -> dict:
-        """The region tensors of one picture, as a loader's batch has them."""
-        found = regions.of_picture(picture, self.cfg.regions, self.cfg.data, self.cfg.world, self.cfg.max_regions)
-        return data.pad_regions([found])
 
 
 def cross_depth(cfg: Config) -> int:
@@ -515,43 +524,14 @@ def causal_mask(T: int, device):
 # Corruption: from a loader's batch to what pre-training reads. All luck comes from one generator.
 
 
-def sentences(batch: dict, pad: int):
-    """Of a loader's captions (ids [CLS] w, targets w [SEP]): ids [CLS] w [SEP] and their keep mask, each [R, T]."""
-    is_real = batch["targets"] != NOTHING
-    ids = torch.cat([batch["ids"][:, :1], batch["targets"].masked_fill(~is_real, pad)], dim=1)
-    return ids, F.pad(is_real, (1, 0), value=True)
-
-
-def corrupt_words(ids, may_mask, mask: int, vocab_size: int, share: float, luck: torch.Generator):
-    """ids [R, T] -> corrupted ids and mlm_labels, the true ids where a word is selected, NOTHING elsewhere.
-
-    may_mask bool [R, T]: no special tokens, no padding. BERT's rule: of the selected words 80 % become `mask`, 10 % any
-    token of the vocabulary, 10 % stay.
-    """
-    is_masked = (torch.rand(ids.shape, generator=luck) < share) & may_mask
-    lot = torch.rand(ids.shape, generator=luck)
-    others = torch.randint(vocab_size, ids.shape, generator=luck)
-    shown = torch.where(lot < 0.8, mask, torch.where(lot < 0.9, others, ids))
-    return torch.where(is_masked, shown, ids), ids.masked_fill(~is_masked, NOTHING)
-
-
 def corrupt_regions(features, boxes, is_masked):
     """Features [R, N, D] with zeros where a region is masked or overlaps a masked one, and how many are zeroed [R].
 
     boxes [R, N, 4] in pixels. OFFICIAL: overlap is an IoU above 0.4, edges counted as pixels. Nine masked regions of ten
     are to be zeroed, but each overlaps itself wholly, so in effect all are: HERE[tden-4], we zero them all.
     """
-    is_zero = is_masked | ((iou(boxes) > 0.4) & is_masked[:, None]).any(2)  # [R, N, N] -> [R, N]
+    is_zero = is_masked | ((regions.iou(boxes) > 0.4) & is_masked[:, None]).any(2)  # [R, N, N] -> [R, N]
     return features.masked_fill(is_zero[:, :, None], 0.0), is_zero.sum(1)
-
-
-def iou(boxes):
-    """[R, N, 4] x1, y1, x2, y2 -> [R, N, N]; a box of one pixel has x1 = x2, hence the ones."""
-    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
-    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
-    shared = (high - low + 1).clamp(min=0).prod(3)
-    area = (boxes[..., 2:] - boxes[..., :2] + 1).prod(2)
-    return shared / (area[:, :, None] + area[:, None] - shared)
 
 
 def with_global(features, locations, keep_mask, n) -> dict:
@@ -569,10 +549,10 @@ def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator
     u_ids, g_ids, keep_mask [R, T]; mlm_labels, msg_labels [R, T]; features, locations, region_keep_mask of 1 + N
     regions; region_is_masked [R, N] and moc_targets [R, N, C], where the regions have classes; image_ids [R].
     """
-    ids, keep = sentences(batch, tok.pad)
+    ids, keep = data.whole_captions(batch, tok.pad)
     k = len(ids) // len(batch["regions"])  # captions of each picture; each pair has a corruption of its own
     may_mask = keep & (ids != tok.bos) & (ids != tok.eos)
-    shown, mlm_labels = corrupt_words(ids, may_mask, tok.mask, cfg.vocab_size, cfg.word_mask, luck)
+    shown, mlm_labels = data.mask_words(ids, may_mask, tok.mask, cfg.vocab_size, cfg.word_mask, luck)
     regions_of = {name: batch[f"regions{name}"].repeat_interleave(k, 0) for name in ("", "_boxes", "_locations",
                   "_keep_mask", *(["_classes"] if "regions_classes" in batch else []))}  # fmt: skip
     seen = regions_of["_keep_mask"]
@@ -585,13 +565,7 @@ def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator
     # corrupted sentence being the input of both copies.
     msg_labels = F.pad(ids[:, 1:].masked_fill(~keep[:, 1:], NOTHING), (0, 1), value=NOTHING)
     return rows | {"u_ids": shown, "g_ids": shown, "keep_mask": keep, "mlm_labels": mlm_labels,
-                   "msg_labels": msg_labels, "image_ids": codes(batch["image_id"], k)}  # fmt: skip
-
-
-def codes(image_ids: list, k: int):
-    """int64 [k * B]: equal where the pictures are."""
-    number = {image_id: n for n, image_id in enumerate(dict.fromkeys(image_ids))}
-    return torch.tensor([number[image_id] for image_id in image_ids for _ in range(k)])
+                   "msg_labels": msg_labels, "image_ids": data.picture_numbers(batch, k)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -689,12 +663,11 @@ def rows_of(batch: dict, task: str, tok: data.Tokenizer, cfg: Config, luck: torc
         return corrupt(batch, tok, cfg, luck)
     rows = with_regions(batch, cfg)
     if task in QUESTION_TASKS:
-        rows |= {"ids": batch["ids"], "types": batch["segments"], "keep_mask": batch["keep_mask"]}
-        return rows | {name: batch[name] for name in ("targets", "labels") if name in batch}
+        return rows | texts_in(batch) | {name: batch[name] for name in ("targets", "labels") if name in batch}
     if task == "retrieval":
-        ids, keep = sentences(batch, tok.pad)
-        k = len(ids) // len(batch["regions"])
-        return rows | {"ids": ids, "keep_mask": keep, "image_ids": codes(batch["image_id"], k)}
+        ids, keep = data.whole_captions(batch, tok.pad)
+        numbers = data.picture_numbers(batch, len(ids) // len(batch["regions"]))
+        return rows | {"ids": ids, "keep_mask": keep, "image_ids": numbers}
     return rows | {"ids": batch["ids"], "targets": batch["targets"]}
 
 
@@ -732,6 +705,19 @@ def losses(cfg: Config, out: dict, rows: dict) -> dict:
         return {"caption": loss_caption(out["logits"], targets, cfg.label_smoothing)}
     log_p = out["logits"].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     return {"scst": loss_scst(log_p, rows["advantages"][:, None].expand_as(rows["targets"])[rows["targets"] != NOTHING])}
+
+
+def with_regions(batch: dict, cfg: Config) -> dict:
+    """The regions of a loader's batch as the model reads them, uncorrupted."""
+    if "objects" in batch:
+        return join_objects(batch, cfg.max_regions)
+    keep = batch["regions_keep_mask"]
+    return with_global(batch["regions"], batch["regions_locations"], keep, keep.sum(1))
+
+
+def texts_in(batch: dict) -> dict:
+    """The questions of a loader's batch as the model reads them."""
+    return {"ids": batch["ids"], "types": batch["segments"], "keep_mask": batch["keep_mask"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -805,7 +791,7 @@ def join_objects(batch: dict, most: int) -> dict:
 
 
 class Decoder:
-    """What `beam_search` drives: R = B * beam captions grow by one token a step.
+    """What decoding.py drives: R = B * beam captions grow by one token a step.
 
     Keys and values of earlier tokens are cached, those of the regions are made once and shared by a picture's beams.
     `cached=False` recomputes the whole prefix at every step: slower, and there to prove that nothing changes.
@@ -828,143 +814,62 @@ class Decoder:
             cache["kv"] = cache["kv"].index_select(1, rows)
 
 
-@torch.no_grad()
-def beam_search(decoder, B: int, beam: int, bos: int, eos: int, max_new: int, device="cpu"):
-    """(ids, log_probs), each [B, max_new]: the caption with the highest sum of log p; after `eos` both are 0.
-
-    OFFICIAL (decode_strategy/beam_searcher.py): a finished caption stays among the beams, with one continuation that
-    costs nothing, and can be pushed out by better unfinished ones; no length penalty. That is why it is not the search
-    of eval.py, which keeps what is finished. Beam 1 is greedy decoding.
-    """
-    ids = torch.full((B * beam, 1), bos, device=device)
-    log_probs = torch.zeros(B * beam, 0, device=device)
-    total = torch.full((B, beam), -math.inf, device=device)
-    total[:, 0] = 0.0  # at first all beams are the same
-    is_live = torch.ones(B, beam, dtype=torch.bool, device=device)
-    blocks = torch.arange(B, device=device)[:, None] * beam
-    for _ in range(max_new):
-        log_p = decoder.step(ids).float().log_softmax(-1).view(B, beam, -1)
-        stay = F.one_hot(torch.zeros((), dtype=torch.long, device=device), log_p.size(2)).float().log()  # [0, -inf ...]
-        log_p = torch.where(is_live[:, :, None], log_p, stay)
-        total, choice = (total[:, :, None] + log_p).flatten(1).topk(beam)  # best first
-        parent, token = choice // log_p.size(2), choice % log_p.size(2)
-        rows = (blocks + parent).flatten()
-        if beam > 1:
-            decoder.reorder(rows)
-        ids = torch.cat([ids[rows], token.view(-1, 1)], dim=1)
-        log_probs = torch.cat([log_probs[rows], log_p.flatten(1).gather(1, choice).view(-1, 1)], dim=1)
-        is_live = is_live.gather(1, parent) & (token != eos)
-        if not is_live.any():
-            break
-    best = blocks[:, 0] + total.argmax(1)
-    missing = max_new + 1 - ids.size(1)
-    return F.pad(ids[best, 1:], (0, missing)), F.pad(log_probs[best], (0, missing))
-
-
-@torch.no_grad()
-def caption_batch(model: TDEN, batch: dict, beam=1) -> list[str]:
-    """A loader's regions of B pictures -> B captions: greedy (beam 1) or beam search."""
-    tok, batch = model.tokenizer, on_device(with_regions(batch, model.cfg), model)
-    ids, _ = beam_search(Decoder(model, batch), len(batch["features"]), beam, tok.bos, tok.eos, model.cfg.max_new,
-                         batch["features"].device)  # fmt: skip
-    return [" ".join(tok.decode(row).split()) for row in ids.tolist()]
-
-
-def encode_images(model: TDEN, batch: dict):
-    """A loader's regions of B pictures -> [B, P] of length 1."""
-    batch = on_device(with_regions(batch, model.cfg), model)
-    return model.ism.of_image(model.see(batch), batch["region_keep_mask"])
-
-
-def encode_texts(model: TDEN, texts: list[str]):
-    """Texts as written -> [R, P] of length 1."""
-    tok = model.tokenizer
-    rows = [[tok.encode(data.clean_caption(text), model.cfg.max_len)] for text in texts]
-    batch = on_device(data.pad_texts(rows, tok.bos, tok.eos, tok.pad), model)
-    t = model.read(batch["ids"], torch.zeros_like(batch["ids"]), batch["keep_mask"][:, None, None])
-    return model.ism.of_text(t, batch["keep_mask"])
-
-
-@torch.no_grad()
-def answer_scores(model: TDEN, batch: dict):
-    """A loader's questions -> [B, answers], of VCR [B, 4]. OFFICIAL: argmax of softmax(u) + softmax(g)."""
-    rows = with_regions(batch, model.cfg) | {"ids": batch["ids"], "types": batch["segments"],
-                                             "keep_mask": batch["keep_mask"]}  # fmt: skip
-    out = model.answer(on_device(rows, model))
-    if model.cfg.task == "vcr":
-        return out["u"].float().view(-1, 4)
-    return sum(logits.float().softmax(-1) for logits in out.values())
-
-
-def with_regions(batch: dict, cfg: Config) -> dict:
-    """The regions of a loader's batch as the model reads them, uncorrupted."""
-    if "objects" in batch:
-        return join_objects(batch, cfg.max_regions)
-    keep = batch["regions_keep_mask"]
-    return with_global(batch["regions"], batch["regions_locations"], keep, keep.sum(1))
-
-
-def on_device(rows: dict, model: TDEN) -> dict:
-    device = next(model.parameters()).device
-    return {name: x.to(device, non_blocking=True) for name, x in rows.items() if isinstance(x, torch.Tensor)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Official weights: YehLi/xmodaler's checkpoints, and BERT. A part (a child of TDEN) is filled whole, or starts fresh
-# where the file has nothing of it; every key is used, or belongs to a part that this task does without.
+# Official weights: xmodaler's checkpoints, and BERT. A part (a child of TDEN) is filled whole, or starts fresh where the
+# file has nothing of it; every key is used, or belongs to a part that this task does without.
+
+ATTENTION = {"q": "self.query", "kv": ("self.key", "self.value"), "out": "output.dense", "norm": "output.LayerNorm"}
+FEED_FORWARD = {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
+HEAD = {"dense": "transform.dense", "norm": "transform.LayerNorm", "out": "decoder"}
+POOLER = {"weigh.0": "att.0", "weigh.3": "att.3", "embed": "embed", "norm": "bn"}
+NAMES = (  # ours, xmodaler's, what both are followed by; {} is the number of a layer
+    ("tokens.", "token_embed.embeddings", {"word": "", "position": "_pos.position_embeddings", "segment": "_token_type",
+                                           "norm": "_norm"}),
+    ("region_embedding.", "visual_embed.embeddings", {"feature": "", "location": "_pos", "norm": "_norm"}),
+    ("object_encoder.{}.att.", "encoder.v_layers.{}.attention.", ATTENTION),
+    ("object_encoder.{}.ffn.", "encoder.v_layers.{}.", FEED_FORWARD),
+    ("sentence_encoder.{}.att.", "encoder.layers.{}.attention.", ATTENTION),
+    ("sentence_encoder.{}.ffn.", "encoder.layers.{}.", FEED_FORWARD),
+    ("cross_encoder.{}.att.", "decoder.u_layers.{}.biattention.", ATTENTION),
+    ("cross_encoder.{}.ffn_regions.", "decoder.u_layers.{}.v_", FEED_FORWARD),
+    ("cross_encoder.{}.ffn_words.", "decoder.u_layers.{}.t_", FEED_FORWARD),
+    ("cross_decoder.{}.self_att.", "decoder.g_layers.{}.self_attn.", ATTENTION),
+    ("cross_decoder.{}.cross_att.", "decoder.g_layers.{}.x_att.", ATTENTION),
+    ("cross_decoder.{}.ffn.", "decoder.g_layers.{}.", FEED_FORWARD),
+    ("lm_head.", "predictor.", HEAD),
+    ("moc_head.", "v_predictor.", HEAD),
+    ("ism.words.", "similarity_predictor.t_pooler.", POOLER),
+    ("ism.regions.{}.", "similarity_predictor.v_pooler.{}.", POOLER),
+    ("answer_head.words.", "predictor.u_pooler.", POOLER),
+    ("answer_head.told.", "predictor.g_pooler.", POOLER),
+    ("answer_head.regions.{}.", "predictor.v_pooler.{}.", POOLER),
+    ("answer_head.u.", "predictor.u_logits.", {"0": "0", "1": "1"}),
+    ("answer_head.g.", "predictor.g_logits.", {"0": "0", "1": "1"}),
+)  # fmt: skip
 
 
 def official_modules(cfg: Config) -> dict:
-    """Our module -> xmodaler's, for the parts of all tasks; a list where two linear layers of theirs are one of ours."""
-    names = {"tokens.word": "token_embed.embeddings", "tokens.position": "token_embed.embeddings_pos.position_embeddings",
-             "tokens.segment": "token_embed.embeddings_token_type", "tokens.norm": "token_embed.embeddings_norm",
-             "region_embedding.feature": "visual_embed.embeddings", "region_embedding.norm": "visual_embed.embeddings_norm",
-             "region_embedding.location": "visual_embed.embeddings_pos"}  # fmt: skip
+    """Our module -> the list of xmodaler's that it holds, for the parts of all tasks."""
+    depth = {"object_encoder": cfg.object_layers, "sentence_encoder": cfg.sentence_layers, "ism": cfg.object_layers}
+    modules = {}
+    for ours, theirs, inside in NAMES:
+        for i in range(depth.get(ours.split(".")[0], cfg.cross_layers) if "{}" in ours else 1):
+            for mine, names in inside.items():
+                names = (names,) if isinstance(names, str) else names
+                modules[ours.format(i) + mine] = [theirs.format(i) + name for name in names]
+    return modules
 
-    def attention(ours: str, theirs: str):
-        names.update({f"{ours}.q": f"{theirs}.self.query", f"{ours}.kv": [f"{theirs}.self.{x}" for x in ("key", "value")],
-                      f"{ours}.out": f"{theirs}.output.dense", f"{ours}.norm": f"{theirs}.output.LayerNorm"})  # fmt: skip
 
-    def feed_forward(ours: str, theirs: str):
-        names.update({f"{ours}.up": f"{theirs}intermediate.dense", f"{ours}.down": f"{theirs}output.dense",
-                      f"{ours}.norm": f"{theirs}output.LayerNorm"})  # fmt: skip
-
-    def pooler(ours: str, theirs: str):
-        names.update({f"{ours}.weigh.0": f"{theirs}.att.0", f"{ours}.weigh.3": f"{theirs}.att.3",
-                      f"{ours}.embed": f"{theirs}.embed", f"{ours}.norm": f"{theirs}.bn"})  # fmt: skip
-
-    for ours, theirs, depth in (("sentence_encoder", "encoder.layers", cfg.sentence_layers),
-                                ("object_encoder", "encoder.v_layers", cfg.object_layers)):  # fmt: skip
-        for i in range(depth):
-            attention(f"{ours}.{i}.att", f"{theirs}.{i}.attention")
-            feed_forward(f"{ours}.{i}.ffn", f"{theirs}.{i}.")
-    for i in range(cfg.cross_layers):
-        u, g = f"decoder.u_layers.{i}", f"decoder.g_layers.{i}"
-        attention(f"cross_encoder.{i}.att", f"{u}.biattention")
-        feed_forward(f"cross_encoder.{i}.ffn_regions", f"{u}.v_")
-        feed_forward(f"cross_encoder.{i}.ffn_words", f"{u}.t_")
-        attention(f"cross_decoder.{i}.self_att", f"{g}.self_attn")
-        attention(f"cross_decoder.{i}.cross_att", f"{g}.x_att")
-        feed_forward(f"cross_decoder.{i}.ffn", f"{g}.")
-        pooler(f"answer_head.regions.{i}", f"predictor.v_pooler.{i}")
-    for ours, theirs in (("lm_head", "predictor"), ("moc_head", "v_predictor")):
-        names |= {f"{ours}.dense": f"{theirs}.transform.dense", f"{ours}.norm": f"{theirs}.transform.LayerNorm",
-                  f"{ours}.out": f"{theirs}.decoder"}  # fmt: skip
-    pooler("ism.words", "similarity_predictor.t_pooler")
-    for i in range(cfg.object_layers):
-        pooler(f"ism.regions.{i}", f"similarity_predictor.v_pooler.{i}")
-    pooler("answer_head.words", "predictor.u_pooler"), pooler("answer_head.told", "predictor.g_pooler")
-    return names | {f"answer_head.{x}.{i}": f"predictor.{x}_logits.{i}" for x in "ug" for i in (0, 1)}
+def tensor_names(model: TDEN, modules: dict) -> dict:
+    """Our name of each tensor of these modules -> their names, to be concatenated."""
+    of = {name: name.rsplit(".", 1) for name in model.state_dict()}
+    return {name: [f"{one}.{tensor}" for one in modules[module]] for name, (module, tensor) in of.items()
+            if module in modules}  # fmt: skip
 
 
 def official_names(model: TDEN) -> dict:
-    """Our name of each tensor -> xmodaler's, or a list to be concatenated."""
-    modules, names = official_modules(model.cfg), {}
-    for ours in model.state_dict():
-        module, tensor = ours.rsplit(".", 1)
-        theirs = modules[module]
-        names[ours] = f"{theirs}.{tensor}" if isinstance(theirs, str) else [f"{one}.{tensor}" for one in theirs]
-    return names
+    """Our name of each tensor -> xmodaler's names, to be concatenated."""
+    return tensor_names(model, official_modules(model.cfg))
 
 
 def official_sizes(state: dict) -> dict:
@@ -972,49 +877,28 @@ def official_sizes(state: dict) -> dict:
     def depth(prefix: str) -> int:
         return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
 
-    if "token_embed.embeddings.weight" not in state:
-        raise UserError(f"no checkpoint of xmodaler's TDEN: its first keys are {', '.join(list(state)[:3])}")
-    vocab_size, width = state["token_embed.embeddings.weight"].shape
-    sizes = dict(
-        vocab_size=vocab_size, width=width, heads=max(1, width // 64), decoder_memory="understanding",
-        positions=len(state["token_embed.embeddings_pos.position_embeddings.weight"]),
-        mlp=len(state["encoder.layers.0.intermediate.dense.weight"]),
-        feature_dim=state["visual_embed.embeddings.weight"].size(1), sentence_layers=depth("encoder.layers."),
-        object_layers=depth("encoder.v_layers."),
-    )  # fmt: skip
-    if layers := max(depth("decoder.u_layers."), depth("decoder.g_layers.")):
-        sizes["cross_layers"] = layers
-    if "v_predictor.decoder.weight" in state:
-        sizes["region_classes"] = len(state["v_predictor.decoder.weight"])
-    if "similarity_predictor.t_pooler.embed.weight" in state:
-        sizes["pooled"] = len(state["similarity_predictor.t_pooler.embed.weight"])
-    return sizes
-
-
-def load_parts(model: TDEN, state: dict, names: dict, not_used: tuple, what: str) -> str:
-    """Fill the parts of which `state` has something; the others keep their first weights. Returns a sentence about it.
-
-    names: ours -> theirs. A part that is there must be whole and every key known: otherwise UserError, with lists.
-    """
-    keys = {ours: theirs if isinstance(theirs, str) else theirs[0] for ours, theirs in names.items()}
-    there = {ours.split(".")[0] for ours, theirs in keys.items() if theirs in state}
-    fresh = [name for name, _ in model.named_children() if name not in there]
-    if not there:
-        raise UserError(f"{what} has nothing for this model; its first keys are {', '.join(list(state)[:3])}")
-    kept = {ours: theirs for ours, theirs in names.items() if ours.split(".")[0] in there}
-    common.load_renamed(model, state, kept, not_used, what, may_lack=tuple(f"{name}." for name in fresh))
-    used = {key for theirs in kept.values() for key in ([theirs] if isinstance(theirs, str) else theirs)}
-    left = sorted({key.split(".")[0] for key in state} - {key.split(".")[0] for key in used})
-    told = [("has", sorted(there)), ("new here", fresh), ("not used", left)]
-    return f"{what}: " + "; ".join(f"{title} {', '.join(parts)}" for title, parts in told if parts)
+    shapes = {name: (key, dim) for name, key, dim in (
+        ("vocab_size", "token_embed.embeddings.weight", 0), ("width", "token_embed.embeddings.weight", 1),
+        ("positions", "token_embed.embeddings_pos.position_embeddings.weight", 0),
+        ("mlp", "encoder.layers.0.intermediate.dense.weight", 0), ("feature_dim", "visual_embed.embeddings.weight", 1),
+    )} | {name: (key, 0) for name, key in (
+        ("region_classes", "v_predictor.decoder.weight"), ("pooled", "similarity_predictor.t_pooler.embed.weight"),
+        ("pooled", "predictor.u_pooler.embed.weight")) if key in state}  # fmt: skip
+    if missing := [key for key, _ in shapes.values() if key not in state]:
+        raise UserError(f"no checkpoint of xmodaler's TDEN, as it lacks {missing[0]}; its first keys are "
+                        f"{', '.join(list(state)[:3])}")  # fmt: skip
+    sizes = {name: state[key].size(dim) for name, (key, dim) in shapes.items()}
+    layers = {"sentence_layers": depth("encoder.layers."), "object_layers": depth("encoder.v_layers."),
+              "cross_layers": max(depth("decoder.u_layers."), depth("decoder.g_layers."))}  # fmt: skip
+    sizes |= {name: n for name, n in layers.items() if n}
+    return sizes | {"heads": max(1, sizes["width"] // 64), "decoder_memory": "understanding"}
 
 
 def load_official(model: TDEN, state: dict) -> str:
-    """A state dict of xmodaler's, of any of its five models, into a model of any task; see `load_parts`."""
-    theirs = official_modules(model.cfg).values()
-    known = [f"{name}." for names in theirs for name in ([names] if isinstance(names, str) else names)]
+    """A state dict of xmodaler's, of any of its five models, into a model of any task; see `common.load_parts`."""
+    known = [f"{name}." for names in official_modules(model.cfg).values() for name in names]
     not_used = (*known, "predictor.bias")  # that of predictor.decoder once more, under a second name
-    return load_parts(model, state, official_names(model), not_used, "xmodaler's TDEN")
+    return common.load_parts(model, state, official_names(model), not_used, "xmodaler's TDEN")
 
 
 def load_bert(model: TDEN, state: dict) -> str:
@@ -1023,30 +907,25 @@ def load_bert(model: TDEN, state: dict) -> str:
     HERE[tden-7] (not in the paper): the conversion that xmodaler starts from is not published; this one is by meaning.
     The third type starts as the first (first release), the untied LM matrix as the word embeddings.
     """
-    state = {key.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta",
-             "LayerNorm.bias"): value for key, value in state.items()}  # fmt: skip
+    renames = (("bert.", ""), ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+    for old, new in renames:
+        state = {key.replace(old, new): value for key, value in state.items()}
     types = "embeddings.token_type_embeddings.weight"
     if types in state:
         state[types] = torch.cat([state[types], state[types][:1]])[:3]
-    head = {"lm_head.dense": "cls.predictions.transform.dense", "lm_head.norm": "cls.predictions.transform.LayerNorm"}
-    modules = {"tokens.word": "embeddings.word_embeddings", "tokens.position": "embeddings.position_embeddings",
-               "tokens.segment": "embeddings.token_type_embeddings", "tokens.norm": "embeddings.LayerNorm"}  # fmt: skip
+    if hasattr(model, "lm_head") and "cls.predictions.bias" in state:
+        state |= {"cls.predictions.decoder.weight": state["embeddings.word_embeddings.weight"],
+                  "cls.predictions.decoder.bias": state["cls.predictions.bias"]}  # fmt: skip
+    to_bert = {"encoder.layers.": "encoder.layer.", "predictor.": "cls.predictions.",
+               "token_embed.embeddings_pos.": "embeddings.", "token_embed.embeddings_norm": "embeddings.LayerNorm",
+               "token_embed.embeddings_token_type": "embeddings.token_type_embeddings"}  # fmt: skip
+    modules = {"tokens.word": ["embeddings.word_embeddings"]}
     for ours, theirs in official_modules(model.cfg).items():
-        if ours.startswith("sentence_encoder."):
-            under = [theirs] if isinstance(theirs, str) else theirs
-            new = [name.replace("encoder.layers.", "encoder.layer.") for name in under]
-            modules[ours] = new[0] if isinstance(theirs, str) else new
-    has_head = "cls.predictions.bias" in state and hasattr(model, "lm_head")
-    modules |= head if has_head else {}
-    names = {"lm_head.out.weight": "embeddings.word_embeddings.weight", "lm_head.out.bias": "cls.predictions.bias"}
-    names = names if has_head else {}
-    for ours in model.state_dict():
-        module, tensor = ours.rsplit(".", 1)
-        if module in modules:
-            theirs = modules[module]
-            names[ours] = f"{theirs}.{tensor}" if isinstance(theirs, str) else [f"{one}.{tensor}" for one in theirs]
-    not_used = ("pooler.", "cls.", "embeddings.position_ids")
-    return load_parts(model, state, names, not_used, "BERT")
+        for old, new in to_bert.items():
+            if theirs[0].startswith(old) and not ours.startswith("answer_head"):
+                modules[ours] = [name.replace(old, new, 1) for name in theirs]
+    return common.load_parts(model, state, tensor_names(model, modules), ("pooler.", "cls.", "embeddings.position_ids"),
+                             "BERT")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1058,20 +937,19 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
 
     Official weights bring their sizes along, so cfg is changed here to what was really built.
     """
-    official = common.read_tensors(Path(cfg.init)) if Path(cfg.init).is_file() and not checkpoint else None
-    bert = common.read_weights(cfg.bert) if cfg.bert != "none" and not checkpoint and official is None else None
-    if official is not None:
+    official, bert, sizes, told = None, None, {}, ""
+    if not checkpoint and cfg.init != "none":
+        official = common.read_tensors(Path(cfg.init))
         official = official.get("model", official)
         sizes = official_sizes(official)
-        if cfg.feature_dim not in (0, sizes["feature_dim"]):
-            raise UserError(f"{cfg.init} reads region features of {sizes['feature_dim']} numbers, those of the data have "
+        if sizes["feature_dim"] != cfg.feature_dim:
+            raise UserError(f"{cfg.init} reads region features of {sizes['feature_dim']} numbers, the data's have "
                             f"{cfg.feature_dim}: extract bottom-up attention's, or train without --init")  # fmt: skip
-    elif bert:
+    elif not checkpoint and cfg.bert != "none":
+        bert = common.read_weights(cfg.bert)
         names = dict(vocab_size="vocab_size", width="hidden_size", heads="num_attention_heads", mlp="intermediate_size",
                      sentence_layers="num_hidden_layers", positions="max_position_embeddings")  # fmt: skip
         sizes = {ours: bert[0][theirs] for ours, theirs in names.items() if theirs in bert[0]}
-    else:
-        sizes = {}
     for name, value in sizes.items():
         setattr(cfg, name, value)
     check(cfg)
@@ -1080,23 +958,22 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
     elif cfg.tokenizer != "none" or cfg.bert != "none":
         tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.bert)
     else:
-        tokenizer = data.Tokenizer.train(texts_of(cfg, corpus), cfg.vocab_size, "wordpiece")
+        tokenizer = data.Tokenizer.train(corpora.texts(corpus, cfg.world), cfg.vocab_size, "wordpiece")
     if not sizes and not checkpoint:
         cfg.vocab_size = tokenizer.vocab_size
     elif tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the word embedding {cfg.vocab_size}")
     if tokenizer.mask is None:
         raise UserError("this tokenizer has no mask token, which pre-training shows: take BERT's")
-    answers = corpus.answers if corpus else ()
+    answers = tuple(corpus.answers) if corpus else ()
     if checkpoint and (file := checkpoint.parent / "answers.json").is_file() and cfg.task == "vqa":
         answers = tuple(common.read_json(file))
-    model, told = TDEN(cfg, tokenizer, tuple(answers)), ""
+    model = TDEN(cfg, tokenizer, answers)
     if checkpoint and common.read_json(checkpoint.parent / "config.json")["task"] == cfg.task:
         common.load_model_weights(model, checkpoint)
-    elif checkpoint:
-        state = common.read_tensors(checkpoint / "model.safetensors")
-        parts = ("ism.", "lm_head.", "moc_head.", "answer_head.", "cross_encoder.", "cross_decoder.")
-        told = load_parts(model, state, {name: name for name in model.state_dict()}, parts, str(checkpoint))
+    elif checkpoint:  # pre-trained, or trained for another task
+        state, same = common.read_tensors(checkpoint / "model.safetensors"), {name: name for name in model.state_dict()}
+        told = common.load_parts(model, state, same, PARTS, str(checkpoint))
     elif official is not None:
         told = load_official(model, official)
     elif bert:
@@ -1106,80 +983,15 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
     return model
 
 
-def texts_of(cfg: Config, corpus):
-    """What a tokenizer is trained on: the training split's texts; of scenes those of all tasks, so that fine-tuning
-    knows its words, as with BERT's vocabulary."""
-    splits = [corpus.splits["train"][:20000]]
-    if cfg.data == "scenes":
-        splits += [corpora.load("scenes", task=task, world=cfg.world, n_train=2000).splits["train"]
-                   for task in ("caption", "vqa", "vcr")]  # fmt: skip
-    for items in splits:
-        for item in items:
-            if hasattr(item, "captions"):
-                yield from map(data.clean_caption, item.captions)
-            elif hasattr(item, "rationales"):
-                yield from (str(text).lower() for text in (item.question, *item.answers, *item.rationales))
-            else:
-                yield data.clean_caption(item.text)
-
-
-def train_loaders(cfg: Config, model: TDEN, corpus, machine, start: int) -> list:
-    """One loader; of vcr two, as an iteration is a batch of question -> answer and one of -> rationale."""
-    items, tok, pictures = corpus.splits["train"], model.tokenizer, cfg.batch // per_picture(cfg)
-    more = dict(train=True, regions=corpus.regions)
+def samples_of(cfg: Config, model: TDEN, corpus, items, task="qa", answer=None, train=False):
+    """The samples of the run's task; task and answer: of vcr, see data.Choices."""
+    more = dict(tokenizer=model.tokenizer, size=0, regions=corpus.regions, train=train, seed=cfg.seed + (task == "qar"))
     if cfg.task == "vcr":
-        sets = [data.Choices(items, tok, 0, task=task, max_len=most, mirror=cfg.mirror, seed=cfg.seed + n, **more)
-                for n, (task, most) in enumerate((("qa", cfg.max_len), ("qar", cfg.max_len_rationale)))]  # fmt: skip
-    elif cfg.task == "vqa":
-        sets = [data.Examples(items, tok, 0, answers=model.answers, max_len=cfg.max_len, mirror=cfg.mirror,
-                              seed=cfg.seed, **more)]  # fmt: skip
-    else:
-        sets = [data.Pictures(items, tok, 0, captions=per_picture(cfg), max_len=cfg.max_len, seed=cfg.seed, **more)]
-    return [data.train_loader(one, pictures, machine.workers, machine.rank, machine.processes, cfg.seed + n, start,
-                              cfg.steps, pin=machine.device.type == "cuda") for n, one in enumerate(sets)]  # fmt: skip
-
-
-def per_picture(cfg: Config) -> int:
-    """Pairs that a picture makes in a step."""
-    return 1 if cfg.task in QUESTION_TASKS else cfg.captions_per_image
-
-
-def rate(cfg: Config, step: int) -> float:
-    """Share of the peak learning rate at a step; both updates of an iteration have the same."""
-    if cfg.drops:
-        drops = [float(share) for share in cfg.drops.split(",")]
-        return common.step_schedule(step, cfg.steps, cfg.warmup, drops, cfg.drop_factor)
-    return common.linear_schedule(step, cfg.steps, cfg.warmup)
-
-
-@torch.no_grad()
-def sample_captions(cfg: Config, model: TDEN, batch: dict, cider: scoring.CiderReward, machine, seed: int) -> dict:
-    """Self-critical training, first half: k captions for each of the B pictures that the model draws itself -> ids and
-    targets [B * k, T] in the loader's form, and advantages [B * k]: CIDEr-D less that of the greedy caption.
-    HERE[tden-10]: no dropout, here and in the step, so that log p is the sampler's own."""
-    tok, k, B = model.tokenizer, cfg.captions_per_image, len(batch["features"])
-
-    def rewards_of(ids, image_ids):
-        # A caption that was cut off lacks the end token that all references have, so breaking off does not pay.
-        return cider.reward(image_ids, [tok.decode(row) for row in ids.tolist()], (ids == tok.eos).any(1).tolist())
-
-    luck = torch.Generator(machine.device).manual_seed(seed)
-    with machine.autocast():
-        words, _ = scoring.sample(Decoder(model, batch), B * k, tok.bos, tok.eos, cfg.max_new, luck)
-        best, _ = beam_search(Decoder(model, batch), B, 1, tok.bos, tok.eos, cfg.max_new, machine.device)
-    r = rewards_of(words, [i for i in batch["picture"] for _ in range(k)])
-    b = rewards_of(best, batch["picture"])
-    is_real = up_to_end(words, tok.eos)
-    T = int(is_real.sum(1).max())
-    return {"ids": F.pad(words[:, : T - 1], (1, 0), value=tok.bos),
-            "targets": words.masked_fill(~is_real, NOTHING)[:, :T],
-            "advantages": torch.from_numpy(r - b.repeat(k)).float().to(machine.device)}  # fmt: skip
-
-
-def up_to_end(ids, eos: int):
-    """bool like ids [R, T]: True up to the first end token, which counts."""
-    is_end = ids == eos
-    return is_end.cumsum(1) - is_end.long() == 0
+        most = cfg.max_len if task == "qa" else cfg.max_len_rationale
+        return data.Choices(items, task=task, answer=answer, max_len=most, mirror=cfg.mirror, **more)
+    if cfg.task == "vqa":
+        return data.Examples(items, answers=model.answers, max_len=cfg.max_len, mirror=cfg.mirror, **more)
+    return data.Pictures(items, captions=cfg.captions_per_image, max_len=cfg.max_len, **more)
 
 
 def micro_batches(rows: dict, cfg: Config) -> list[dict]:
@@ -1194,41 +1006,49 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
     """The loop. `checkpoint`: go on from its step with its optimizer; all that is random follows from seed and step."""
     model.to(machine.device)
     optimizer = common.adamw(model, lambda name: cfg.lr, cfg.weight_decay, (0.9, cfg.beta2), all_matrices=True)
-    start, best, train_items = 0, -1.0, corpus.splits["train"]
+    start, best, is_scst, cider, train_items = 0, -1.0, cfg.task == "scst", None, corpus.splits["train"]
     if checkpoint:
         meta = common.load_training_state(checkpoint, optimizer)
         start, best = meta["step"], meta["best"]
         if machine.is_main:
             run.forget_after(start)
-    is_scst = cfg.task == "scst"
-    cider = scoring.CiderReward({item.image_id: item.captions for item in train_items}) if is_scst else None
-    loaders = train_loaders(cfg, model, corpus, machine, start)
+    if is_scst:
+        cider = scoring.CiderReward({item.image_id: item.captions for item in train_items})
+    sets = [samples_of(cfg, model, corpus, train_items, task, train=True)
+            for task in (("qa", "qar") if cfg.task == "vcr" else ("",))]  # fmt: skip
+    loaders = [data.train_loader(one, cfg.batch // cfg.captions_per_image, machine.workers, machine.rank,
+                                 machine.processes, one.seed, start, cfg.steps, pin=machine.device.type == "cuda")
+               for one in sets]  # fmt: skip
     batches = [iter(loader) for loader in loaders]
-    turns = {"pretrain": ["", "_2"][: cfg.passes], "vcr": ["_qa", "_qar"]}.get(cfg.task, [""])
-    log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
+    turns = {"pretrain": ["", "_2"][: cfg.passes], "vcr": ["_qa", "_qar"]}.get(cfg.task, [""])  # what an iteration does
+    log, exam = common.Logger(run, machine, cfg.steps, cfg.log_every, start), exam_of(cfg, model, corpus, machine)
     log.flops_per_item = flops_per_pair(cfg, model)
     ddp = common.spread(model, cfg, machine, (EncoderBlock, UnderstandingBlock, GenerationBlock), find_unused=True)
     if checkpoint and meta.get("is_due"):  # saved, but stopped before its evaluation was over
-        best = validate(cfg, model, corpus, machine, run, log, start, best)
-    with common.StopRequest() as stop, contextlib.ExitStack() as closing:
+        best = exam.validate(cfg, run, log, start, best)
+    with common.StopRequest() as stop, contextlib.ExitStack() as ending:
         for stream in batches:
-            closing.callback(stream.close)
+            ending.callback(stream.close)
         for step in range(start, cfg.steps):
             model.train(not is_scst)
             seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
             torch.manual_seed(seed)  # of dropout, and of what the second pass draws
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(cfg, step)
-            logged, to_stop, image_ids = {}, False, []
-            for turn, ending in enumerate(turns):
+                group["lr"] = group["peak"] * common.schedule(cfg, step)
+            logged, to_stop = {}, False
+            for turn, suffix in enumerate(turns):
                 if turn < len(loaders):  # pre-training's second pass reads the batch of the first once more
                     with log.waiting():
                         batch = next(batches[turn])
-                    image_ids = batch["image_id"]
                     rows = rows_of(batch, cfg.task, model.tokenizer, cfg, torch.Generator().manual_seed(seed))
                     rows = {name: x.to(machine.device, non_blocking=True) for name, x in rows.items()}
                     if is_scst:  # the loader's captions make way for the model's own
-                        rows |= sample_captions(cfg, model, rows | {"picture": image_ids}, cider, machine, seed)
+                        # HERE[tden-10]: no dropout, here and in the step, so that log p is the sampler's own
+                        with machine.autocast():
+                            samples, _ = decoding.rewarded_samples(
+                                lambda: Decoder(model, rows), batch["image_id"], cfg.captions_per_image, model.tokenizer,
+                                cider, cfg.max_new, torch.Generator(machine.device).manual_seed(seed), "greedy")
+                        rows |= samples
                     here = counts(cfg.task, rows)
                     told = [*here.values(), len(batch["bad"]), stop.signum > 0]
                     *sums, bad_in_all, stops = common.sum_over_processes(told, machine.device)
@@ -1247,30 +1067,30 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                         parts = {name: loss * (float(n[name]) / max(1.0, in_all[name])) for name, loss in found.items()}
                         (sum(parts.values()) * machine.processes).backward()
                     for name, part in parts.items():
-                        logged[name + ending] = logged.get(name + ending, 0.0) + part.detach()
+                        logged[name + suffix] = logged.get(name + suffix, 0.0) + part.detach()
                     if cfg.task == "pretrain" and turn + 1 < len(turns):
                         piece |= second_inputs(piece, out["mlm"], out["msg"], cfg.ss_mode, cfg.ss_prob)
                         del piece["image_ids"]  # OFFICIAL: there is no ISM in the second pass
                 if is_update:
                     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                    common.stop_if_not_finite(norm, sum(logged.values()), image_ids, step + 1, run)
+                    common.stop_if_not_finite(norm, sum(logged.values()), batch["image_id"], step + 1, run)
                     if cfg.grad_clip_value:
                         nn.utils.clip_grad_value_(model.parameters(), cfg.grad_clip_value)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-            log.step(step + 1, logged, cfg.lr * rate(cfg, step), norm, cfg.batch)
+            log.step(step + 1, logged, cfg.lr * common.schedule(cfg, step), norm, cfg.batch)
             is_due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps
             with log.pause():
                 if is_due or to_stop:
                     common.share_buffers(model)
-                if (is_due or to_stop) and machine.is_main:
-                    run.save(step + 1, model, model.tokenizer, optimizer, {"val": {}, "best": best, "is_due": is_due})
+                    if machine.is_main:
+                        run.save(step + 1, model, model.tokenizer, optimizer, {"val": {}, "best": best, "is_due": is_due})
                 if is_due:
-                    best = validate(cfg, model, corpus, machine, run, log, step + 1, best)
+                    best = exam.validate(cfg, run, log, step + 1, best)
             if to_stop:
-                raise common.stopped(run, machine, stop.signum or 15)
+                raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
         if any(common.sum_over_processes([stop.signum > 0], machine.device)):  # heard in the last step
-            raise common.stopped(run, machine, stop.signum or 15)
+            raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
     log.close()
     if machine.is_main and (bad := sum(len(loader.bad) for loader in loaders)):
         print(f"{bad} training pictures could not be read and were skipped")
@@ -1280,117 +1100,30 @@ def flops_per_pair(cfg: Config, model: TDEN) -> float:
     """Floating-point operations of a training iteration per pair, for the MFU: 6 x parameters x tokens, a text counted
     at 12 tokens, a picture at 20 regions; attention itself left out, embeddings too."""
     size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    words = 12 * (size["sentence_encoder"] * (1 + (cfg.task == "pretrain")) + size.get("cross_decoder", 0)
-                  + size.get("cross_encoder", 0) / 2 + size.get("lm_head", 0) * (1 + 0.15 * (cfg.task == "pretrain")))
-    seen = 20 * (size["object_encoder"] + size.get("cross_encoder", 0) / 2)
-    return 6 * (words + seen) * (cfg.passes if cfg.task == "pretrain" else 1)
-
-
-def validate(cfg, model, corpus, machine, run, log, step: int, best: float) -> float:
-    """The task's metric on the first val samples; moves `best` if it is; returns the best so far.
-
-    step_N is saved already: what fails here costs nothing, and --resume begins with it.
-    """
-    val, items = {}, list(corpus.splits.get("val", [])[: max(1, cfg.val_items)])
-    name = BEST_BY[cfg.task]
-    if items:
-        val = val_metrics(cfg, model, corpus, items, machine)
-        value = common.share_from_main(val.get(name))
-    is_best = value >= best if items else True  # without a val split the last is the best
-    best = max(best, value) if items else best
-    if machine.is_main:
-        if val:
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in val.items() if k in (name, "BLEU_4", "caption_true", "true@1"))
-            log.say(f"val at step {step}: {shown}" + ("  (best so far)" if is_best else ""))
-            run.log({"step": step, **{f"val_{k}": v for k, v in val.items()}})
-        run.evaluated(step, {"val": val, "best": best, "is_due": False}, is_best)
-    common.wait_for_all()
-    return best
+    copies = 1 + (cfg.task == "pretrain")
+    words = sum(size.get(part, 0) * n for part, n in (("sentence_encoder", copies), ("cross_decoder", 1), ("lm_head", 1),
+                                                      ("cross_encoder", 0.5)))  # fmt: skip
+    seen = size["object_encoder"] + size.get("cross_encoder", 0) / 2
+    return 6 * (12 * words + 20 * seen) * (cfg.passes if cfg.task == "pretrain" else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-BEST_BY = {"pretrain": "R@1", "retrieval": "R@1", "caption": "CIDEr_D", "scst": "CIDEr_D", "vqa": "vqa_accuracy",
-           "vcr": "vcr_q2ar"}  # fmt: skip
 
-
-def batches_of(samples, machine):
-    return data.eval_loader(samples, 100, machine.workers, machine.rank, machine.processes)
-
-
-@torch.no_grad()
-def captions_of(cfg, model, corpus, machine, items, beam: int) -> dict:
-    """{image_id: caption}, the same on every process."""
-    model.eval()
-    samples = data.Pictures(items, model.tokenizer, 0, captions=0, regions=corpus.regions)
-    with machine.autocast():
-        return scoring.caption_split(lambda batch: caption_batch(model, batch, beam), batches_of(samples, machine))
-
-
-@torch.no_grad()
-def gallery_of(cfg, model, corpus, machine, items, texts) -> dict:
-    """{image_id: similarity to each text}."""
-    model.eval()
-    samples = data.Pictures(items, model.tokenizer, 0, captions=0, regions=corpus.regions)
-    with machine.autocast():
-        return scoring.score_gallery(lambda batch: encode_images(model, batch), lambda some: encode_texts(model, some),
-                                     lambda v, t: v @ t.T, batches_of(samples, machine), texts)  # fmt: skip
-
-
-@torch.no_grad()
-def scores_of(cfg, model, corpus, machine, items, task="qa", answer=None) -> dict:
-    """{example_id: scores of the answers}."""
-    model.eval()
-    if cfg.task == "vcr":
-        most = cfg.max_len if task == "qa" else cfg.max_len_rationale
-        samples = data.Choices(items, model.tokenizer, 0, task=task, answer=answer, max_len=most, regions=corpus.regions)
-    else:
-        samples = data.Examples(items, model.tokenizer, 0, max_len=cfg.max_len, regions=corpus.regions)
-    with machine.autocast():
-        return scoring.predict_split(lambda batch: answer_scores(model, batch), batches_of(samples, machine))
-
-
-def val_metrics(cfg, model, corpus, items, machine) -> dict:
-    """The task's metrics on some items; captions are greedy, galleries have one text a picture."""
-    ask = (cfg, model, corpus, machine, items)
-    if cfg.task in ("pretrain", "retrieval"):
-        rows = gallery_of(*ask, [item.captions[0] for item in items])
-        scores = torch.stack([torch.as_tensor(rows[item.image_id]) for item in items])
-        return scoring.recalls(scores, list(range(len(items))))
-    if cfg.task in ("caption", "scst"):
-        return scoring.score_captions(items, captions_of(*ask, beam=1))
-    tables = (scores_of(*ask, "qa"), scores_of(*ask, "qar")) if cfg.task == "vcr" else (scores_of(*ask),)
-    return scoring.score_examples(corpus, items, *tables)[0]
+def exam_of(cfg: Config, model: TDEN, corpus, machine) -> exam.Exam:
+    return exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
 
 
 def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine, folder, started: float) -> dict:
     """Every test split with its controls: metrics.json, pictures, result files in `folder`; columns of a table."""
-    ask, splits, columns = (cfg, model, corpus, machine), {}, {}
     n_texts = 1 if cfg.data == "scenes" else 5
-    if cfg.task in QUESTION_TASKS:
-        splits, columns = scoring.evaluate_examples(corpus, lambda *asked: scores_of(*ask, *asked), folder,
-                                                    machine.is_main)  # fmt: skip
-    if cfg.task in ("pretrain", "retrieval"):
-        sheet = "ranking.png" if cfg.task == "pretrain" else "samples.png"
-        splits, columns = scoring.evaluate_retrieval(corpus, lambda *asked: gallery_of(*ask, *asked), folder,
-                                                     machine.is_main, n_texts, sheet=sheet)  # fmt: skip
-    if cfg.task in ("pretrain", "caption", "scst"):
-        found, more = scoring.evaluate_captions(corpus, lambda items: captions_of(*ask, items, cfg.beam), folder,
-                                                machine.is_main, cfg.official)  # fmt: skip
-        for split, result in found.items():
-            of = splits.setdefault(split, {"metrics": {}, "controls": {}})
-            of |= {name: value for name, value in result.items() if name not in of}
-            of["metrics"] |= result["metrics"]
-            for control, metrics in result["controls"].items():
-                of["controls"].setdefault(control, {}).update(metrics)
-        for title, column in more.items():
-            columns.setdefault(title, {}).update(column)
+    splits, columns = exam_of(cfg, model, corpus, machine).final(folder, cfg.beam, cfg.official, n_texts)
     protocol = {
         "passes": cfg.passes, "decoder_memory": cfg.decoder_memory, "decoupled": cfg.decoupled, "init": cfg.init,
         "regions": cfg.regions, "beam": cfg.beam, "max_new": cfg.max_new, "texts_per_picture": n_texts,
-        "notes": corpus.notes, "checkpoint": common.how_chosen(checkpoint), "best_by": BEST_BY[cfg.task],
-        **(scoring.CAPTION_PROTOCOL if cfg.task in ("pretrain", "caption", "scst") else {}),
+        "notes": corpus.notes, "checkpoint": common.how_chosen(checkpoint), "best_by": exam.BEST_BY[cfg.task],
+        **scoring.CAPTION_PROTOCOL,
     }  # fmt: skip
     if machine.is_main:
         seconds = time.perf_counter() - started
@@ -1412,12 +1145,10 @@ def check(cfg: Config) -> None:
     """Settings that contradict one another or are not among the choices."""
     common.check_numbers(cfg, "batch captions_per_image max_len max_new beam width heads object_layers sentence_layers "
                          "cross_layers positions pooled max_regions max_len_rationale passes")  # fmt: skip
-    common.choose("task", cfg.task, list(TASKS))
-    common.choose("ss-mode", cfg.ss_mode, ["argmax", "sample"])
-    common.choose("decoder-memory", cfg.decoder_memory, ["object", "understanding"])
-    common.choose("regions", cfg.regions, ["files", "grid"])
-    common.choose("train-on", cfg.train_on, ["train", "train+val", "train+val+vg"])
-    common.choose("passes", cfg.passes, [1, 2])
+    for name, choices in (("task", TASKS), ("ss-mode", ("argmax", "sample")), ("regions", ("files", "grid")),
+                          ("decoder-memory", ("object", "understanding")), ("passes", (1, 2)),
+                          ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
+        common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} --heads {cfg.heads}: the first must be a multiple of the second")
     asked = {"vqa": ("scenes", "vqa"), "vcr": ("scenes", "vcr")}.get(cfg.task)
@@ -1439,42 +1170,12 @@ def load_data(cfg: Config):
                           n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
     corpus.regions = regions.region_source(cfg.regions, cfg.data, cfg.root or None, cfg.max_regions)
     corpus.notes += [corpus.regions.note] if corpus.regions.note else []
-    found, bad = None, ""
-    for item in next(iter(corpus.splits.values()))[:20]:
-        try:
-            found = corpus.regions(data.ids_of(item)[0], data.files_of(item)[0])
-            break
-        except data.BadImage as error:
-            bad = error
-    if found is None:
-        raise UserError(f"none of the first pictures has regions: {bad}")
-    numbers = found.features.shape[1]
+    numbers, classes = regions.numbers_and_classes(corpus.regions, corpus)
     if cfg.feature_dim not in (0, numbers):
         raise UserError(f"regions of {numbers} numbers, where the model reads {cfg.feature_dim}: take the regions that it "
                         "was trained on, or train a new one")  # fmt: skip
-    cfg.feature_dim = numbers
-    if not cfg.region_classes and found.classes is not None:
-        cfg.region_classes = found.classes.shape[1]
+    cfg.feature_dim, cfg.region_classes = numbers, cfg.region_classes or classes
     return corpus
-
-
-def answer_commands(command, given: dict) -> None:
-    """--caption, --score, --ask: what a trained model says of pictures."""
-    asked = next(f"--{name}" for name in ("caption", "score", "ask") if getattr(command, name))
-    common.allow(given, ["init", "device", *DECODING], asked)
-    if given.get("init", "none") == "none":
-        raise UserError(f"{asked} needs a trained model: add --init RUN, e.g. --init runs/tden-scenes")
-    model = TDEN.from_run(given["init"], common.choose_device(given.get("device", "auto"))[0])
-    model.cfg = replace(model.cfg, **given)
-    check(model.cfg)
-    for picture in command.caption or []:
-        print(f"{picture}: {model.caption(picture)}")
-    if command.score:
-        for text in command.score[1:]:
-            print(f"{model.score(command.score[0], text):.3f}  {text}")
-    if command.ask:
-        for question in command.ask[1:]:
-            print(f"{question}  {model.answer_to(command.ask[0], question)}")
 
 
 def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
@@ -1485,32 +1186,25 @@ def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
     return final_evaluation(cfg, model, checkpoint, corpus, machine, folder, started)
 
 
-COMMANDS = {
-    "caption": dict(nargs="+", metavar="PICTURE", help="print a caption for each picture (with --init RUN)"),
-    "score": dict(nargs="+", metavar="PICTURE TEXT", help="print the cosine of a picture and each text"),
-    "ask": dict(nargs="+", metavar="PICTURE QUESTION", help="print the answer to each question about a picture"),
-    "eval-only": dict(nargs="*", metavar="RUN", help="evaluate finished runs, or the one of --init, side by side"),
-}
-
-
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
-    given, command = common.parse_flags(Config, sys.argv[1:] if argv is None else argv, "tden.py", COMMANDS)
+    given, command = common.parse_flags(Config, sys.argv[1:] if argv is None else argv, "tden.py", ask.COMMANDS)
     if command.caption or command.score or command.ask:
-        return answer_commands(command, given)
+        return ask.answer_commands(command, given, TDEN, "tden", DECODING, check)
     if command.eval_only is not None:
         return compare.evaluate_runs(command.eval_only, given, "tden", Config, DECODING, check, evaluate_run)
     official = given.pop("init") if Path(given.get("init", "none")).is_file() else "none"
     cfg, checkpoint = common.configure(Config, given, "tden", PRESETS, RECIPES, SIZES)
     cfg.init = official if official != "none" else cfg.init
+    cfg.captions_per_image = 1 if cfg.task in QUESTION_TASKS else cfg.captions_per_image
     check(cfg)
-    if cfg.task == "scst" and not checkpoint and official == "none":
+    if cfg.task == "scst" and cfg.init == "none" and not cfg.resume:
         raise UserError("--task scst refines a trained model: add --init RUN, e.g. --init runs/tden-scenes-caption")
     machine = common.start_machine(cfg)
     corpus = load_data(cfg)
     if "train" not in corpus.splits:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
-    pictures = cfg.batch // per_picture(cfg)
+    pictures, k = cfg.batch // cfg.captions_per_image, cfg.captions_per_image
     if pictures < machine.processes * (2 if cfg.task in ("pretrain", "retrieval") else 1):
         raise UserError(f"--batch {cfg.batch} is too small for {machine.processes} process(es): ISM needs two pictures in "
                         "each, the other tasks one")  # fmt: skip
@@ -1521,7 +1215,7 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("tden", cfg, machine)
     if model.answers and machine.is_main:
         common.write_json(run.path / "answers.json", list(model.answers))
-    shape = f"{cfg.steps} steps of {pictures} pictures" + (f" x {per_picture(cfg)} captions" if pictures < cfg.batch else "")
+    shape = f"{cfg.steps} steps of {pictures} pictures" + (f" x {k} captions" if k > 1 else "")
     common.announce(f"TDEN ({cfg.task}): {shape}", model, cfg, machine, corpus, run)
     try:
         train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)
@@ -1531,12 +1225,10 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, UserError) as error:
         raise common.stopped(run, machine, why=error) from None
     if machine.is_main:
-        remark = ""
-        if cfg.data == "scenes" and "caption_true" in columns["test"]:
-            remark = judge.how_it_sees(columns["test"], columns["test, shuffled"])
-        verb = {"vqa": "--ask test:0 \"what color is the disc?\"", "retrieval": "--score test:0 \"a red disc\""}
-        finish.tell(columns, run, started, remark, "test pictures with what the model says",
-                    f"python tden.py {verb.get(cfg.task, '--caption test:0')} --init {shlex.quote(str(run.path))}")
+        sees = judge.how_it_sees(columns["test"], columns["test, shuffled"]) if "caption_true" in columns["test"] else ""
+        verb = {"vqa": "--ask PICTURE QUESTION", "retrieval": "--score PICTURE TEXT", "vcr": "--eval-only"}
+        go_on = f"python tden.py {verb.get(cfg.task, '--caption PICTURE')} --init {shlex.quote(str(run.path))}"
+        finish.tell(columns, run, started, sees, "test pictures with what the model says", go_on)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from torch import nn
 import common
 import corpora
 import data
+import decoding
 import eval as scoring
 from common import UserError
 from tools import compare, finish, judge
@@ -479,7 +480,7 @@ def loss_scst(logits, targets, advantages):
 
 
 class Decoder:
-    """What eval.greedy, beam_search and sample drive: R captions grow by one token a step, as many for each picture.
+    """What decoding.greedy, beam_search and sample drive: R captions grow by one token a step, as many for each picture.
 
     Keys and values of earlier tokens are cached, those of the picture are made once and shared by its beams.
     `cached=False` recomputes the whole prefix at every step: slower, and there to prove that nothing changes.
@@ -515,11 +516,11 @@ def generate(model: VCGPT, pixels, beam=1, temperature=0.0, luck: torch.Generato
     decoder, B = Decoder(model, pixels.to(device)), len(pixels)
     if temperature:
         luck = luck or torch.Generator(device).manual_seed(int(torch.randint(2**31, ())))
-        ids, _ = scoring.sample(decoder, B, tok.bos, tok.eos, cfg.max_new, luck, temperature, cfg.top_k, cfg.top_p)
+        ids, _ = decoding.sample(decoder, B, tok.bos, tok.eos, cfg.max_new, luck, temperature, cfg.top_k, cfg.top_p)
     elif beam == 1:
-        ids, _ = scoring.greedy(decoder, B, tok.bos, tok.eos, cfg.max_new, device)
+        ids, _ = decoding.greedy(decoder, B, tok.bos, tok.eos, cfg.max_new, device)
     else:
-        ids, _ = scoring.beam_search(decoder, B, beam, tok.bos, tok.eos, cfg.max_new, cfg.length_penalty, device)
+        ids, _ = decoding.beam_search(decoder, B, beam, tok.bos, tok.eos, cfg.max_new, cfg.length_penalty, device)
     return [" ".join(tok.decode(row).split()) for row in ids.tolist()]  # an untrained model may write line breaks
 
 
@@ -688,37 +689,13 @@ def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> Non
         print(f"GPT-2 alone, {cfg.lm_steps} text-only steps: loss {loss.item():.3f}")
 
 
-@torch.no_grad()
 def sample_captions(cfg: Config, model: VCGPT, batch: dict, cider: scoring.CiderReward, machine, seed: int):
-    """Self-critical training, first half: captions that the model draws itself, and what they are worth.
-
-    k samples for each of the B pictures -> ids and targets [B*k, T] in the loader's form, advantages [B*k]; and sums
-    over the samples for the log. HERE[vcgpt-17]: no dropout, here and in the step, so that log p is the sampler's own.
-    """
-    tok, k, B = model.tokenizer, cfg.captions_per_image, len(batch["pixels"])
-    pixels = batch["pixels"].to(machine.device)
-    luck = torch.Generator(machine.device).manual_seed(seed)
-
-    def rewards_of(ids, image_ids):
-        # A caption that was cut off lacks the end token that all references have, so breaking off does not pay.
-        return cider.reward(image_ids, [tok.decode(row) for row in ids.tolist()], (ids == tok.eos).any(1).tolist())
-
-    with machine.autocast():
-        words, _ = scoring.sample(Decoder(model, pixels), B * k, tok.bos, tok.eos, cfg.max_new, luck)
-        r, b = rewards_of(words, [i for i in batch["image_id"] for _ in range(k)]).reshape(B, k), None
-        if cfg.baseline == "greedy":
-            best, _ = scoring.greedy(Decoder(model, pixels), B, tok.bos, tok.eos, cfg.max_new, machine.device)
-            b = rewards_of(best, batch["image_id"])
-    is_end = words == tok.eos
-    is_real = is_end.cumsum(1) - is_end.long() == 0  # up to the first end token
-    T = is_real.sum(1).max()  # the longest sample
-    samples = {
-        "ids": F.pad(words[:, : T - 1], (1, 0), value=tok.bos),
-        "targets": words.masked_fill(~is_real, -100)[:, :T],
-        "advantages": torch.from_numpy(scoring.advantage(r, cfg.baseline, b)).float().flatten(),
-    }
-    sums = {"reward": r.sum(), "length": is_real.sum(), "truncated": (~is_end.any(1)).sum()}
-    return samples, sums
+    """Self-critical training, first half, see decoding.rewarded_samples: k captions for each picture, and what they are
+    worth. HERE[vcgpt-17]: no dropout, here and in the step, so that log p is the sampler's own."""
+    pixels, luck = batch["pixels"].to(machine.device), torch.Generator(machine.device).manual_seed(seed)
+    with torch.no_grad(), machine.autocast():
+        return decoding.rewarded_samples(lambda: Decoder(model, pixels), batch["image_id"], cfg.captions_per_image,
+                                         model.tokenizer, cider, cfg.max_new, luck, cfg.baseline)  # fmt: skip
 
 
 def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | None = None) -> None:

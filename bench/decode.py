@@ -6,7 +6,7 @@
 Every caption has full length on both sides: there is no end token. Random weights and pictures, float32, CPU. Before
 anything is timed, greedy captions must be equal, and those of the beam of equal score. Medians of alternating runs:
 
-cache     `eval.beam_search` over `vcgpt.Decoder`, pictures encoded beforehand. Goal: 3 times as fast with the cache.
+cache     `decoding.beam_search` over `vcgpt.Decoder`, pictures encoded beforehand. Goal: 3 times as fast with the cache.
 generate  The variant `vanilla` beside GPT2LMHeadModel(add_cross_attention=True).generate(num_beams=5), same weights,
           keys and values of the pictures made inside both. Goal: no slower. The vision tower has no blocks here.
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from timing import compare, describe_machine
 
+import decoding
 import eval as scoring
 import vcgpt
 
@@ -37,7 +38,7 @@ def network(size: str, variant: str):
 
 def beam_search(model, decoder, beam: int, max_new: int):
     B = decoder.kvs[0].size(1)
-    return scoring.beam_search(decoder, B, beam, 0, NO_END, max_new, model.cfg.length_penalty)
+    return decoding.beam_search(decoder, B, beam, 0, NO_END, max_new, model.cfg.length_penalty)
 
 
 def bench_cache(size: str, variant: str, pixels, beam: int, max_new: int, repeats: int) -> None:

@@ -10,6 +10,8 @@ PAPERS = {
     "vcgpt": "--width 32 --heads 2 --mlp 64 --vision-width 32 --vision-heads 2 --fusion-layers 1 --lm-steps 2 "
     "--max-new 12",
 }
+RANDOM = {"vcgpt": "--augment crop"}  # what makes its training random, beside --dropout: a resumed run repeats it
+UPDATES = {"tden": 2}  # optimizer updates in a training step, where they are not one
 SHORT = "--batch 20 --train-scenes 40 --val-items 10 --test-scenes 12 --steps 4 --log-every 2 --workers 0 --device cpu"
 
 

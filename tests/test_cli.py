@@ -1,4 +1,7 @@
-"""The program as a user meets it: whole runs at toy size, what they leave behind, what they say about mistakes."""
+"""The program as a user meets it: whole runs at toy size, what they leave behind, what they say about mistakes.
+
+Tests that take `paper` or `left` run for every paper; the others are VC-GPT's.
+"""
 
 import json
 import pickle
@@ -34,6 +37,19 @@ def finished(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+@pytest.fixture(params=papers.PAPERS, scope="module")
+def paper(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def left(paper, tmp_path_factory):
+    """What a toy run of any paper has left."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    papers.run(paper, *papers.toy(paper, "--out", folder))
+    return folder
 
 
 def test_a_run_leaves_what_the_documents_promise(finished):
@@ -93,10 +109,10 @@ def test_init_starts_from_the_weights_and_sizes_of_a_run(finished, tmp_path):
     assert all(torch.allclose(old[k], new[k], atol=1e-6) for k in old)
 
 
-def test_no_clipping_at_zero(tmp_path):
+def test_no_clipping_at_zero(paper, tmp_path):
     weights = []
     for clip in (0, 1e9):
-        run("--out", tmp_path / str(clip), "--grad-clip", clip, "--steps", 2)
+        papers.run(paper, *papers.toy(paper, "--out", tmp_path / str(clip), "--grad-clip", clip, "--steps", 2))
         weights.append(common.read_tensors(tmp_path / str(clip) / "last" / "model.safetensors"))
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
@@ -176,10 +192,10 @@ def test_evaluation_runs_in_the_dtype_that_was_asked_for(finished, tmp_path, mon
         assert protocol["dtype"] == str(wanted).split(".")[1]
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+def test_gradient_checkpointing_changes_nothing_but_memory(paper, tmp_path):
     weights = []
     for flag in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
-        run("--out", tmp_path / flag, flag, "--dropout", 0.2, "--steps", 2)
+        papers.run(paper, *papers.toy(paper, "--out", tmp_path / flag, flag, "--dropout", 0.2, "--steps", 2))
         weights.append(common.read_tensors(tmp_path / flag / "last" / "model.safetensors"))
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
@@ -226,17 +242,17 @@ def test_mistakes_are_answered_with_the_way_out(argv, told):
         run(*argv, toy="")
 
 
-def test_mistakes_are_one_line_and_exit_status_2():
-    done = subprocess.run([sys.executable, "vcgpt.py", "--widht", "3"], cwd=ROOT, capture_output=True, text=True)
+def test_mistakes_are_one_line_and_exit_status_2(paper):
+    done = subprocess.run([sys.executable, f"{paper}.py", "--widht", "3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == "error: unknown flag --widht; did you mean --width?\n"
 
 
-def test_existing_out_is_not_overwritten(finished):
-    before = (finished[0] / "metrics.json").read_bytes()
+def test_existing_out_is_not_overwritten(paper, left):
+    before = (left / "metrics.json").read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
-        run("--out", finished[0])
-    assert (finished[0] / "metrics.json").read_bytes() == before
+        papers.run(paper, *papers.toy(paper, "--out", left))
+    assert (left / "metrics.json").read_bytes() == before
 
 
 class Evil:
@@ -254,7 +270,7 @@ def half(path):
 
 
 def of_another_model(path):
-    path.write_text(path.read_text().replace('"model": "vcgpt"', '"model": "tden"'))
+    path.write_text(re.sub('"model": "[a-z]+"', '"model": "another"', path.read_text()))
 
 
 def with_code(path):
@@ -263,7 +279,7 @@ def with_code(path):
 
 DAMAGES = {  # what happens to which file of a run -> what the program says, going on with it
     "truncated weights": ("last/model.safetensors", half, "cannot be read as plain tensors"),
-    "another model": ("config.json", of_another_model, "is a run of tden.py, not of vcgpt.py"),
+    "another model": ("config.json", of_another_model, "is a run of another.py, not of "),
     "half a config": ("config.json", half, "config.json cannot be read"),
     "another config": ("config.json", lambda path: path.write_text("[]"), "is not the config of a run"),
     "no config": ("config.json", Path.unlink, "has no config.json, so the sizes of step_4 are unknown"),
@@ -292,13 +308,13 @@ def test_a_moved_run_of_moved_data_goes_on(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_runs_are_named_and_left_alone(finished, tmp_path, case):
+def test_damaged_runs_are_named_and_left_alone(paper, left, tmp_path, case):
     name, damage, told = DAMAGES[case]
-    shutil.copytree(finished[0], tmp_path / "run", symlinks=True)
+    shutil.copytree(left, tmp_path / "run", symlinks=True)
     damage(tmp_path / "run" / name)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=told):
-        run("--resume", tmp_path / "run", toy="--device cpu --workers 0")
+    with pytest.raises(UserError, match=told + f"{paper}.py" * told.endswith(" not of ")):
+        papers.run(paper, "--resume", tmp_path / "run", "--device", "cpu", "--workers", 0)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     assert not list(tmp_path.rglob("pwned"))
 

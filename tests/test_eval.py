@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+import decoding
 import eval as scoring
 from common import UserError
 from tools import judge
@@ -324,7 +325,7 @@ def test_a_beam_wide_enough_is_exhaustive_search(V, steps, beam, alpha):
     for seed in range(10):
         table = tree(seed, V=V, steps=steps)
         best = max(paths(), key=lambda path: log_p(table, 0, path) / len(path) ** alpha)
-        ids, scores = scoring.beam_search(Tree(table, beam), 1, beam, BOS, EOS, steps, alpha)
+        ids, scores = decoding.beam_search(Tree(table, beam), 1, beam, BOS, EOS, steps, alpha)
         assert ids.tolist() == [[*best, *[EOS] * (steps - len(best))]]
         assert scores[0].item() == pytest.approx(log_p(table, 0, best) / len(best) ** alpha, abs=1e-5)
 
@@ -344,7 +345,7 @@ def test_beam_search_against_plain_lists():
 
     for seed, beam, alpha in itertools.product(range(8), (1, 2, 3), (0.0, 1.0)):
         table = tree(seed, B=2, V=4, steps=5)
-        ids, scores = scoring.beam_search(Tree(table, beam), 2, beam, BOS, EOS, 5, alpha)
+        ids, scores = decoding.beam_search(Tree(table, beam), 2, beam, BOS, EOS, 5, alpha)
         for image in range(2):
             score, path = plain(table, image, beam, 5, alpha)
             assert ids[image].tolist() == [*path, *[EOS] * (5 - len(path))]
@@ -354,7 +355,7 @@ def test_beam_search_against_plain_lists():
 def test_greedy_takes_the_best_token_each_time_and_equals_beam_1():
     for seed in range(10):
         table = tree(seed, B=3, V=4, steps=4)
-        ids, sums = scoring.greedy(Tree(table), 3, BOS, EOS, 4)
+        ids, sums = decoding.greedy(Tree(table), 3, BOS, EOS, 4)
         for image in range(3):
             path, number = [], 0
             while len(path) < 4 and EOS not in path:
@@ -362,15 +363,15 @@ def test_greedy_takes_the_best_token_each_time_and_equals_beam_1():
                 number = number * 4 + path[-1]
             assert ids[image].tolist() == path + [EOS] * (4 - len(path))
             assert sums[image].item() == pytest.approx(log_p(table, image, path), abs=1e-5)
-        assert torch.equal(scoring.beam_search(Tree(table), 3, 1, BOS, EOS, 4)[0], ids)
+        assert torch.equal(decoding.beam_search(Tree(table), 3, 1, BOS, EOS, 4)[0], ids)
 
 
 def test_a_cached_decoder_gives_the_same_when_its_cache_follows():
     for seed in range(5):
         table = tree(seed, B=3, V=5, steps=4)
-        plain, cached = (scoring.beam_search(kind(table, 4), 3, 4, BOS, EOS, 4) for kind in (Tree, CachedTree))
+        plain, cached = (decoding.beam_search(kind(table, 4), 3, 4, BOS, EOS, 4) for kind in (Tree, CachedTree))
         assert torch.equal(plain[0], cached[0]) and torch.equal(plain[1], cached[1])
-        plain, cached = (scoring.greedy(kind(table), 3, BOS, EOS, 4) for kind in (Tree, CachedTree))
+        plain, cached = (decoding.greedy(kind(table), 3, BOS, EOS, 4) for kind in (Tree, CachedTree))
         assert torch.equal(plain[0], cached[0])
 
 
@@ -378,9 +379,9 @@ def test_an_image_is_decoded_alike_in_any_company():
     for seed in range(5):
         table = tree(seed, B=3, V=4, steps=5)
         table[0][1, :, EOS] += 5  # this image stops long before the others
-        ids, scores = scoring.beam_search(Tree(table, 3), 3, 3, BOS, EOS, 5)
+        ids, scores = decoding.beam_search(Tree(table, 3), 3, 3, BOS, EOS, 5)
         for image in range(3):
-            alone = scoring.beam_search(Tree([t[image : image + 1] for t in table], 3), 1, 3, BOS, EOS, 5)
+            alone = decoding.beam_search(Tree([t[image : image + 1] for t in table], 3), 1, 3, BOS, EOS, 5)
             assert torch.equal(alone[0][0], ids[image]) and torch.equal(alone[1][0], scores[image])
 
 
@@ -390,7 +391,7 @@ def test_a_finished_beam_gives_its_slot_up():
         [[1.0, 0.0, 0.0], [0.0, 0.6, 0.4], [1.0, 0.0, 0.0]],  # one slot is left: "1 1" (.18); "1 2" (.12) must go,
         [[1, 0, 0]] * 4 + [[0.0, 0.6, 0.4]] + [[1, 0, 0]] * 4,  # or it would win: ln .12 / 9 > ln .108 / 9 ("1 1 1")
     )
-    ids, scores = scoring.beam_search(Tree(table, 2), 1, 2, BOS, EOS, 3, alpha=2.0)
+    ids, scores = decoding.beam_search(Tree(table, 2), 1, 2, BOS, EOS, 3, alpha=2.0)
     assert ids.tolist() == [[1, 1, 1]]
     assert scores[0].item() == pytest.approx(math.log(0.108) / 9)
 
@@ -398,36 +399,36 @@ def test_a_finished_beam_gives_its_slot_up():
 def test_alpha_weighs_length():
     # eos at once: ln .5; "1 eos": ln .45. By sum the short one, per token the long one: ln .45 / 2 > ln .5
     table = by_probability([[0.5, 0.5]], [[1.0, 0.0], [0.9, 0.1]])
-    short, long = (scoring.beam_search(Tree(table, 2), 1, 2, BOS, EOS, 2, alpha) for alpha in (0.0, 1.0))
+    short, long = (decoding.beam_search(Tree(table, 2), 1, 2, BOS, EOS, 2, alpha) for alpha in (0.0, 1.0))
     assert short[0].tolist() == [[0, 0]] and short[1][0].item() == pytest.approx(-LN2)
     assert long[0].tolist() == [[1, 0]] and long[1][0].item() == pytest.approx(math.log(0.45) / 2)
 
 
 def test_what_never_ends_is_cut_at_max_new():
     table = by_probability(*([[0.0, 0.25, 0.75]] * 3**t for t in range(4)))
-    ids, scores = scoring.beam_search(Tree(table, 2), 1, 2, BOS, EOS, 4)
+    ids, scores = decoding.beam_search(Tree(table, 2), 1, 2, BOS, EOS, 4)
     assert ids.tolist() == [[2, 2, 2, 2]] and scores[0].item() == pytest.approx(math.log(0.75))
-    ids, sums = scoring.greedy(Tree(table), 1, BOS, EOS, 4)
+    ids, sums = decoding.greedy(Tree(table), 1, BOS, EOS, 4)
     assert ids.tolist() == [[2, 2, 2, 2]] and sums[0].item() == pytest.approx(4 * math.log(0.75))
 
 
 def test_search_ends_when_nothing_can_overtake():
     table = by_probability(*([[0.9, 0.1]] * 2**t for t in range(4)))  # eos .9: done; the rest has at most ln .1 / 4
     decoder = Tree(table, 2)
-    assert scoring.beam_search(decoder, 1, 2, BOS, EOS, 4)[0].tolist() == [[0, 0, 0, 0]]
+    assert decoding.beam_search(decoder, 1, 2, BOS, EOS, 4)[0].tolist() == [[0, 0, 0, 0]]
     assert decoder.calls == 1
 
 
 def test_impossible_settings_are_refused():
     for setting in ({"alpha": -1.0}, {"beam": 0}, {"max_new": 0}):
         with pytest.raises(UserError, match="alpha >= 0"):
-            scoring.beam_search(Tree(tree(0)), **{"B": 1, "beam": 1, "bos": BOS, "eos": EOS, "max_new": 2, **setting})
+            decoding.beam_search(Tree(tree(0)), **{"B": 1, "beam": 1, "bos": BOS, "eos": EOS, "max_new": 2, **setting})
 
 
 def test_samples_follow_the_model():
     B = 4000
     table = [t.expand(B, -1, -1) for t in tree(3, V=3, steps=3)]
-    ids, sums = scoring.sample(Tree(table), B, BOS, EOS, 3, torch.Generator().manual_seed(0))
+    ids, sums = decoding.sample(Tree(table), B, BOS, EOS, 3, torch.Generator().manual_seed(0))
     assert ids.shape == (B, 3)
     for row, total in list(zip(ids.tolist(), sums.tolist(), strict=True))[:200]:
         path = row[: row.index(EOS) + 1] if EOS in row else row
@@ -436,8 +437,8 @@ def test_samples_follow_the_model():
     for path in itertools.product((1, 2), range(3)):  # 4000 draws: three standard deviations are at most 0.024
         share = (ids[:, :2] == torch.tensor(path)).all(1).float().mean().item()
         assert share == pytest.approx(math.exp(log_p(table, 0, path)), abs=0.025)
-    cold, _ = scoring.sample(Tree(table), B, BOS, EOS, 3, torch.Generator().manual_seed(0), temperature=1e-3)
-    assert torch.equal(cold, scoring.greedy(Tree(table), B, BOS, EOS, 3)[0])
+    cold, _ = decoding.sample(Tree(table), B, BOS, EOS, 3, torch.Generator().manual_seed(0), temperature=1e-3)
+    assert torch.equal(cold, decoding.greedy(Tree(table), B, BOS, EOS, 3)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import decoding
 import eval as scoring
 from common import UserError
 from tools import official as programs
@@ -84,7 +85,7 @@ class Forever:
 def one_token(p, n=4000, **settings):
     """(share of each token among n samples of one token, the summed log p of each token drawn)."""
     decoder, generator = Forever(torch.tensor(p).log()), torch.Generator().manual_seed(0)
-    ids, sums = scoring.sample(decoder, n, 99, len(p), 1, generator, **settings)
+    ids, sums = decoding.sample(decoder, n, 99, len(p), 1, generator, **settings)
     shares = torch.bincount(ids[:, 0], minlength=len(p)) / n
     return shares.tolist(), {token: sums[ids[:, 0] == token].unique().tolist() for token in set(ids[:, 0].tolist())}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import decoding
 import eval as scoring
 import vcgpt
 
@@ -116,7 +117,7 @@ def check_greedy(gold, gpt2):
     new = wanted.size(1) - prompt.size(1)
     decoder = LanguageModelAlone(gpt2, prompt)
     no_stop_token = -1
-    ids, _ = scoring.greedy(decoder, len(prompt), 0, no_stop_token, new, prompt.device)
+    ids, _ = decoding.greedy(decoder, len(prompt), 0, no_stop_token, new, prompt.device)
     gold.check("outputs/gpt2/greedy_ids", torch.cat([prompt, ids], dim=1))
 
 

@@ -191,17 +191,18 @@ def test_overfits_eight_pictures_and_reads_their_captions_back(variant):
 @pytest.mark.parametrize("variant", ["vcgpt", "vcgpt_wo_se", "vanilla"])
 @torch.no_grad()
 def test_cached_decoding_is_uncached_decoding(variant):
-    import eval as scoring
+    import decoding
+import eval as scoring
 
     model, (pixels, _) = network(variant, init_std=0.4), inputs(B=3)
     found = []
     for cached in (True, False):
         decoder = vcgpt.Decoder(model, pixels, cached)
-        greedy, logp = scoring.greedy(decoder, 3, 0, 1, 10, pixels.device)
+        greedy, logp = decoding.greedy(decoder, 3, 0, 1, 10, pixels.device)
         decoder = vcgpt.Decoder(model, pixels, cached)
-        beam, score = scoring.beam_search(decoder, 3, 4, 0, 1, 10, 1.0, pixels.device)
+        beam, score = decoding.beam_search(decoder, 3, 4, 0, 1, 10, 1.0, pixels.device)
         decoder = vcgpt.Decoder(model, pixels, cached)
-        beam1, _ = scoring.beam_search(decoder, 3, 1, 0, 1, 10, 1.0, pixels.device)
+        beam1, _ = decoding.beam_search(decoder, 3, 1, 0, 1, 10, 1.0, pixels.device)
         assert torch.equal(beam1, greedy)
         found.append((greedy, logp, beam, score))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][2])

@@ -1,0 +1,116 @@
+"""From a model's functions of a batch to the evaluators of eval.py: what every paper asks on val and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import common
+import data
+import eval as scoring
+
+MATCHES, TELLS, ANSWERS = ("pretrain", "retrieval"), ("pretrain", "caption", "scst"), ("vqa", "nlvr2", "ve", "vcr")
+BEST_BY = {"pretrain": "R@1", "retrieval": "R@1", "caption": "CIDEr_D", "scst": "CIDEr_D", "vqa": "vqa_accuracy",
+           "nlvr2": "nlvr2_accuracy", "ve": "ve_accuracy", "vcr": "vcr_q2ar"}  # fmt: skip
+SHOWN = ("BLEU_4", "caption_true")  # on val, beside the metric that `best` is chosen by
+
+
+@dataclass
+class Exam:
+    """A model that retrieves and captions (pretrain), retrieves, captions, or answers, as its task says.
+
+    samples(items, **more) -> data.Samples of an evaluation. The model has, as far as its task asks, these functions of a
+    batch of them: caption_batch(batch, beam) -> B captions; encode_images(batch) and encode_texts(texts) -> vectors whose
+    dot product is the score; answer_scores(batch) -> scores of the answers.
+    """
+
+    task: str
+    model: torch.nn.Module
+    corpus: data.Corpus
+    machine: common.Machine
+    samples: Callable
+
+    def _loader(self, items, **more):
+        self.model.eval()
+        return data.eval_loader(self.samples(items, **more), 100, self.machine.workers, self.machine.rank,
+                                self.machine.processes)  # fmt: skip
+
+    @torch.no_grad()
+    def captions(self, items, beam: int) -> dict:
+        """{image_id: caption}, the same on every process, as are the next two."""
+        with self.machine.autocast():
+            return scoring.caption_split(lambda batch: self.model.caption_batch(batch, beam), self._loader(items))
+
+    @torch.no_grad()
+    def gallery(self, items, texts) -> dict:
+        """{image_id: score of each text}."""
+        loader = self._loader(items)
+        with self.machine.autocast():
+            return scoring.score_gallery(self.model.encode_images, self.model.encode_texts, lambda v, t: v @ t.T,
+                                         loader, texts)  # fmt: skip
+
+    @torch.no_grad()
+    def scores(self, items, *which) -> dict:
+        """{example_id: scores of the answers}; which: of Choices the task and the answer that rationales are given."""
+        more = dict(zip(("task", "answer"), which, strict=False))
+        with self.machine.autocast():
+            return scoring.predict_split(self.model.answer_scores, self._loader(items, **more))
+
+    def on_val(self, items) -> dict[str, Any]:
+        """Metrics of the task on some items: captions are greedy, galleries have one text a picture."""
+        if self.task in MATCHES:
+            rows = self.gallery(items, [item.captions[0] for item in items])
+            scores = torch.stack([torch.as_tensor(rows[item.image_id]) for item in items])
+            return scoring.recalls(scores, list(range(len(items))))
+        if self.task in TELLS:
+            return scoring.score_captions(items, self.captions(items, 1))
+        ways = (("qa",), ("qar",)) if self.task == "vcr" else ((),)
+        return scoring.score_examples(self.corpus, items, *(self.scores(items, *way) for way in ways))[0]
+
+    def validate(self, cfg, run, log, step: int, best: float) -> float:
+        """On the first val samples; moves `best` if they are; returns the best value so far.
+
+        step_N is saved already: what fails here costs nothing, and --resume begins with it.
+        """
+        items, name = list(self.corpus.splits.get("val", [])[: max(1, cfg.val_items)]), BEST_BY[self.task]
+        val = common.share_from_main(self.on_val(items) if items else {})
+        is_best = val[name] >= best if val else True  # without a val split the last is the best
+        best = max(best, val.get(name, best))
+        if self.machine.is_main:
+            if val:
+                shown = "  ".join(f"{k} {v:.3f}" for k, v in val.items() if k in (name, *SHOWN))
+                log.say(f"val at step {step}: {shown}" + ("  (best so far)" if is_best else ""))
+                run.log({"step": step, **{f"val_{k}": v for k, v in val.items()}})
+            run.evaluated(step, {"val": val, "best": best, "is_due": False}, is_best)
+        common.wait_for_all()
+        return best
+
+    def final(self, folder: Path, beam: int, official: bool, n_texts: int) -> tuple[dict, dict]:
+        """Every test split with its controls, pictures and result files in `folder`: (splits of metrics.json, columns
+        of a table), both empty but on the first process. n_texts: captions of each picture in a gallery."""
+        is_main = self.machine.is_main
+        if self.task in ANSWERS:
+            return scoring.evaluate_examples(self.corpus, self.scores, folder, is_main)
+        splits, columns = {}, {}
+        if self.task in MATCHES:
+            sheet = "ranking.png" if self.task in TELLS else "samples.png"
+            splits, columns = scoring.evaluate_retrieval(self.corpus, self.gallery, folder, is_main, n_texts, sheet=sheet)
+        if self.task in TELLS:
+            found = scoring.evaluate_captions(self.corpus, lambda items: self.captions(items, beam), folder, is_main,
+                                              official)  # fmt: skip
+            for table, more in zip((splits, columns), found, strict=True):
+                _join(table, more)
+        return splits, columns
+
+
+def _join(table: dict, more: dict) -> None:
+    """Nested dictionaries: what is in both is joined."""
+    for name, value in more.items():
+        if isinstance(value, dict) and name in table:
+            _join(table[name], value)
+        else:
+            table[name] = value
