@@ -4,7 +4,7 @@ Nothing here knows a model. A model file brings a dataclass, a network and a vis
 what a fifth paper would use unchanged.
 
 Reading map: errors | flags from the dataclass | device, dtype, processes | stopping | optimizer and schedule |
-weights | run directory and checkpoints | log | tables.
+run directory and checkpoints | log | tables.
 """
 
 from __future__ import annotations
@@ -185,6 +185,13 @@ def check_numbers(cfg, from_one: str) -> None:
         if type(value) in (int, float) and field.name not in ("workers", "seed"):
             if not value >= least or math.isinf(value):
                 raise UserError(f"{flag} {value}: give {least} or more" + ", and a finite number" * math.isinf(value))
+
+
+def check_most(cfg, limits: dict) -> None:
+    """UserError for a setting above its limit; limits: {name: the most}."""
+    for name, most in limits.items():
+        if getattr(cfg, name) > most:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give {most} or less")
 
 
 def default_preset(data_name: str) -> str:
@@ -499,97 +506,6 @@ def schedule(cfg, step: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights from elsewhere
-
-
-def read_weights(source: str) -> tuple[dict, dict]:
-    """(config.json, state dict) of a transformers checkpoint: a local directory or a hub id.
-
-    Reads model.safetensors, else pytorch_model.bin with weights_only, so that a file can never run code.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            folder = Path(hf_hub_download(source, "config.json")).parent
-            try:
-                hf_hub_download(source, "model.safetensors")
-            except Exception:  # many older repositories hold only the pickle
-                hf_hub_download(source, "pytorch_model.bin")
-        except Exception as error:
-            raise UserError(
-                f"cannot fetch {source} from the hub ({type(error).__name__}). Give a local directory that holds "
-                "config.json and model.safetensors, or `none` to start from random weights"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: give a directory as transformers' save_pretrained writes it")
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return config, read_tensors(folder / name)
-    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin (shards are not read: merge them)")
-
-
-def read_tensors(path: Path) -> dict:
-    """A flat state dict from .safetensors, or from a torch file with weights_only."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run. "
-            "Take another copy or checkpoint"
-        ) from error
-
-
-def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], what: str, may_lack=()) -> None:
-    """Fill `module` from official `state`: names maps our key -> their key, or a list of keys to concatenate.
-
-    Every key must be used once, or start with an entry of `not_used`; every parameter of ours must be filled, save
-    those whose name contains an entry of `may_lack`. Otherwise UserError with the lists, and nothing is changed.
-    """
-    wanted = [key for theirs in names.values() for key in ([theirs] if isinstance(theirs, str) else theirs)]
-    ours = module.state_dict()
-    missing = [key for key in wanted if key not in state]
-    left_over = [key for key in state if key not in set(wanted) and not key.startswith(not_used)]
-    unfilled = [key for key in ours if key not in names and not any(part in key for part in may_lack)]
-    if missing or left_over or unfilled:
-        lists = [("missing in the file", missing), ("unknown in the file", left_over), ("not filled here", unfilled)]
-        told = "; ".join(f"{title}: {', '.join(keys[:5])} ({len(keys)} in all)" for title, keys in lists if keys)
-        raise UserError(f"these weights are not {what} of this size and form. {told}")
-    new = {k: state[t] if isinstance(t, str) else torch.cat([state[x] for x in t]) for k, t in names.items()}
-    wrong = [
-        f"{k}: {tuple(new[k].shape)} in the file, {tuple(ours[k].shape)} here"
-        for k in new
-        if new[k].shape != ours[k].shape
-    ]
-    if wrong:
-        raise UserError(f"{what} weights of other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
-    module.load_state_dict(new, strict=not may_lack)
-
-
-def load_parts(model, state: dict, names: dict, not_used: tuple[str, ...], what: str) -> str:
-    """As load_renamed, but a part (a child of `model`) of which `state` has nothing keeps its first weights.
-
-    A part that is there must be whole. Returns a sentence on which parts the file has, which are new, what is left.
-    """
-    lists = {ours: [theirs] if isinstance(theirs, str) else theirs for ours, theirs in names.items()}
-    there = {ours.split(".")[0] for ours, theirs in lists.items() if theirs[0] in state}
-    fresh = [name for name, part in model.named_children() if name not in there and part.state_dict()]
-    if not there:
-        raise UserError(f"{what} has nothing for this model; its first keys are {', '.join(list(state)[:3])}")
-    kept = {ours: theirs for ours, theirs in names.items() if ours.split(".")[0] in there}
-    load_renamed(model, state, kept, not_used, what, may_lack=tuple(f"{name}." for name in fresh))
-    left = {key.split(".")[0] for key in state} - {key.split(".")[0] for ours in kept for key in lists[ours]}
-    told = (("has", sorted(there)), ("new here", fresh), ("not used", sorted(left)))
-    return f"{what}: " + "; ".join(f"{title} {', '.join(parts)}" for title, parts in told if parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Run directory and checkpoints
 
 
@@ -670,6 +586,15 @@ class Run:
         path.with_suffix(".tmp").write_text("".join(kept))
         path.with_suffix(".tmp").replace(path)
 
+    def go_on(self, checkpoint: Path | None, optimizer) -> tuple[int, float, bool]:
+        """(step, best value on val so far, whether its evaluation is due) of a checkpoint; 0, -1, False without."""
+        if not checkpoint:
+            return 0, -1.0, False
+        meta = load_training_state(checkpoint, optimizer)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.forget_after(meta["step"])
+        return meta["step"], meta["best"], bool(meta.get("is_due"))
+
     def log(self, record: dict) -> None:
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -711,6 +636,21 @@ def load_training_state(checkpoint: Path, optimizer) -> dict:
     """
     optimizer.load_state_dict(read_tensors(checkpoint / "state.pt")["optimizer"])
     return read_json(checkpoint / "meta.json")
+
+
+def read_tensors(path: Path) -> dict:
+    """A flat state dict from .safetensors, or from a torch file with weights_only."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {error}); nothing in it was run. "
+            "Take another copy or checkpoint"
+        ) from error
 
 
 def load_model_weights(model, checkpoint: Path) -> None:

@@ -80,6 +80,15 @@ def load(name: str, root: str | Path | None = None, task: str = "caption", train
     raise UserError(f"data set {name!r} is not known: it is {', '.join(NAMES)} or the path of own data{hint}")
 
 
+def check_task(task: str, name: str) -> None:
+    """UserError where data set `name` has not what the task trains on."""
+    of = {"vqa": ("vqa",), "nlvr2": ("nlvr2", "nlvr1"), "ve": ("snli_ve",), "vcr": ("vcr",)}.get(task)
+    if of and name not in ("scenes", *of):
+        raise UserError(f"--task {task} needs questions about pictures: --data scenes or {' or '.join(of)}, not {name}")
+    if not of and name in QUESTIONS:
+        raise UserError(f"--data {name} has questions, no captions, which --task {task} trains on: choose other data")
+
+
 def folder_of(name: str, root: str | Path | None = None) -> Path:
     """Where a data set lies, and its regions/ below: `root`, or data/NAME, or the folder of own data."""
     return Path(root or (Path("data", name) if name in NAMES else name if Path(name).is_dir() else Path(name).parent))

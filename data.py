@@ -860,6 +860,22 @@ def mask_words(ids, may_mask, mask: int, vocab_size: int, share: float, luck: to
     return torch.where(is_selected, shown, ids), ids.masked_fill(~is_selected, -100)
 
 
+def to_device(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {name: x.to(device, non_blocking=True) for name, x in rows.items()}
+
+
+def pieces_of(rows: dict[str, torch.Tensor], pairs: int) -> list[dict[str, torch.Tensor]]:
+    """The tensors of a step in pieces of `pairs` (0: whole), but never less than a picture with all its texts.
+
+    Every tensor has a row for each of B pictures, or k rows for each, image-major.
+    """
+    B, most = min(map(len, rows.values())), max(map(len, rows.values()))
+    pictures = max(1, pairs * B // most) if pairs else B
+    cut = {name: x.split(pictures * (len(x) // B)) for name, x in rows.items()}
+    return [dict(zip(cut, piece, strict=True)) for piece in zip(*cut.values(), strict=True)]
+
+
 def picture_numbers(batch: dict, k: int) -> torch.Tensor:
     """int64 [B * k] for k texts of each picture: equal where the pictures are the same."""
     number = {image_id: n for n, image_id in enumerate(dict.fromkeys(batch["image_id"]))}

@@ -12,7 +12,7 @@ A source is called with (image id, picture, mirrored=False) and gives `data.Regi
 seen in a mirror, and `note` is what a run says of it before it starts. A detector does not see in a mirror what it saw
 before, so mirrored regions are files of their own; of crops and scenes they are made.
 
-Reading map: sources | files | crops on a grid | the small world | what training and users ask.
+Reading map: sources | files (.npz, .tsv) | crops on a grid | the small world | what training and users ask.
 """
 
 from __future__ import annotations
@@ -269,27 +269,78 @@ def iou(boxes: torch.Tensor) -> torch.Tensor:
     return shared / (area[:, :, None] + area[:, None] - shared)
 
 
-def numbers_and_classes(source, corpus) -> tuple[int, int]:
-    """How many numbers describe a region of this corpus, and how many classes it may have (0: the source knows none).
+def attach(corpus, cfg) -> None:
+    """The corpus gets the source of its regions, corpus.regions; cfg learns how many numbers describe a region and how
+    many classes it may have (0: none are known), which the first picture tells that can be read.
 
-    Looks at the first picture that can be read; UserError where none of the first 20 can.
+    UserError where none of the first 20 can, or where the model of cfg reads regions of other numbers.
     """
-    bad = ""
+    source, bad = region_source(cfg.regions, cfg.data, cfg.root or None, cfg.max_regions), ""
+    corpus.regions = source
+    corpus.notes += [source.note] if source.note else []
+    if cfg.mirror and not source.mirrors:
+        corpus.notes.append("there are no mirrored regions, so --mirror does nothing")
     for item in next(iter(corpus.splits.values()))[:20]:
         try:
             found = source(data.ids_of(item)[0], data.files_of(item)[0])
+            break
         except BadImage as error:
             bad = bad or error
-            continue
-        return found.features.shape[1], 0 if found.classes is None else found.classes.shape[1]
-    raise UserError(f"none of the first pictures of {corpus.name} has regions: {bad}")
+    else:
+        raise UserError(f"none of the first pictures of {corpus.name} has regions: {bad}")
+    numbers = found.features.shape[1]
+    if cfg.feature_dim not in (0, numbers):
+        raise UserError(f"regions of {numbers} numbers, where the model reads {cfg.feature_dim}: take the regions that "
+                        "it was trained on, or train a new one")  # fmt: skip
+    cfg.feature_dim = numbers
+    cfg.region_classes = cfg.region_classes or (0 if found.classes is None else found.classes.shape[1])
+
+
+def with_global(features, locations, keep_mask, n) -> dict:
+    """Regions of B pictures with a global one before them: the sum of their features over n [B], the whole picture's
+    box. -> features [B, 1 + N, D], locations [B, 1 + N, 5], region_keep_mask [B, 1 + N]."""
+    whole = features.sum(1, keepdim=True) / n.clamp(min=1)[:, None, None]
+    box = torch.tensor([0.0, 0, 1, 1, 1], device=features.device).expand(len(features), 1, 5)
+    return {"features": torch.cat([whole, features], dim=1), "locations": torch.cat([box, locations], dim=1),
+            "region_keep_mask": torch.nn.functional.pad(keep_mask, (1, 0), value=True)}  # fmt: skip
+
+
+def of_batch(batch: dict, most: int) -> dict:
+    """A loader's regions as models with a global region read them: see with_global, and of VCR join_objects."""
+    if "objects" in batch:
+        return join_objects(batch, most)
+    keep_mask = batch["regions_keep_mask"]
+    return with_global(batch["regions"], batch["regions_locations"], keep_mask, keep_mask.sum(1))
+
+
+def join_objects(batch: dict, most: int) -> dict:
+    """VCR: detected regions and those of the tagged objects in one list, after a global one. A loader's batch ->
+    features [B, N, D], locations [B, N, 5], region_keep_mask [B, N].
+
+    As YehLi/xmodaler does it (datasets/images/vcr.py): objects have priority and come last, at most `most` of them; the
+    global region and the first detected ones fill the list up to 1 + most. The global feature is the mean of both
+    lists' own, weighted by their rows, of which the global one is one.
+    """
+    lists = {"features": [], "locations": []}
+    for i in range(len(batch["regions"])):
+        n, m = int(batch["regions_keep_mask"][i].sum()), int(batch["objects_keep_mask"][i].sum())
+        kept = min(m, most)
+        for name, end in (("features", ""), ("locations", "_locations")):
+            detected, tagged = batch[f"regions{end}"][i, :n], batch[f"objects{end}"][i, :m]
+            first = torch.tensor([[0.0, 0, 1, 1, 1]])
+            if name == "features":
+                first = (((n + 1) * detected.mean(0) + (m + 1) * tagged.mean(0)) / (n + m + 2))[None]
+            lists[name].append(torch.cat([first, detected[: most - kept], tagged[:kept]]))
+    lengths = torch.tensor([len(row) for row in lists["features"]])
+    padded = {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in lists.items()}
+    return padded | {"region_keep_mask": torch.arange(int(lengths.max())) < lengths[:, None]}
 
 
 def of_picture(picture, kind: str, name: str, world: str = "tiny", most: int | None = None) -> Regions:
     """What a model trained on `kind` regions of data set `name` would be given of this picture.
 
     grid: a path, a PIL image, or of scenes SPLIT:NUMBER. files: an .npz file of regions, or a picture with one of its
-    name beside it or in regions/ beside it; of scenes SPLIT:NUMBER, which no detector needs to see. UserError otherwise.
+    name beside it or in regions/ beside it; of scenes SPLIT:NUMBER, which no detector needs to see. Else UserError.
     """
     scene = _scene_named(picture, world) if name == "scenes" else None
     try:
@@ -299,14 +350,14 @@ def of_picture(picture, kind: str, name: str, world: str = "tiny", most: int | N
             return SceneRegions()(None, scene)
         if name == "scenes" or hasattr(picture, "convert"):
             what = "SPLIT:NUMBER, like test:0" if name == "scenes" else "an .npz file of regions, or a path with one"
-            raise UserError(f"{picture}: this model reads a detector's regions: give {what}; for any picture train with "
-                            "--regions grid")  # fmt: skip
+            raise UserError(f"{picture}: this model reads a detector's regions: give {what}; for any picture train "
+                            "with --regions grid")  # fmt: skip
         path = Path(picture)
         places = [path.with_suffix(".npz"), path.parent / "regions" / f"{path.stem}.npz"]
         file = next((place for place in places if place.is_file()), None)
         if file is None:
-            raise UserError(f"{path}: this model reads a detector's regions, and neither {places[0]} nor {places[1]} is "
-                            "there: `python tools/regions.py` writes such files")  # fmt: skip
+            raise UserError(f"{path}: this model reads a detector's regions, and neither {places[0]} nor {places[1]} "
+                            "is there: `python tools/regions.py` writes such files")  # fmt: skip
         found = read_npz(file)
         return found.first(most) if most else found
     except BadImage as bad:

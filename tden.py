@@ -17,8 +17,9 @@ words that the network itself gave for the masks stand where the masks were ("sc
     python tden.py --caption test:3 test:4 --init RUN      a caption; --score PICTURE TEXT, --ask PICTURE QUESTION
     torchrun --nproc_per_node=8 tden.py --data coco        region files below data/coco/regions
 
-Reading map: Config, presets, recipes | blocks | model | corruption | losses | step: the two passes | heads of the
-downstream tasks | decoding | official weights | training | evaluation | main. Marks: `# PAPER` what the paper says,
+Reading map: config, presets, recipes | blocks | model | corruption: from a loader's batch to what pre-training reads |
+losses | step: the two passes | heads of the downstream tasks | decoding | official weights | training | evaluation |
+main. Marks: `# PAPER` what the paper says,
 `# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what we do and why: the id is a row of
 docs/divergences.md.
 """
@@ -27,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 import signal
 import sys
 import time
@@ -45,11 +45,12 @@ import data
 import decoding
 import eval as scoring
 import regions
+import weights
 from common import UserError
-from tools import ask, compare, exam, finish, judge
+from tools import ask, compare, exam, finish
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config. Every field is a flag; its comment is the flag's help.
+# Config, presets, recipes. Every field is a flag; its comment is the flag's help.
 
 
 @dataclass
@@ -131,24 +132,18 @@ RECIPES = {
     ("vqa", "base"): dict(
         batch=96, epochs=20.0, lr=5e-5, beta2=0.98, weight_decay=0.0, warmup=0.2, drops="0.5,0.6", drop_factor=0.2,
         drop_sentence=0.3, drop_object=0.3, drop_cross=0.1, max_len=21, max_regions=100, mirror=0.5,
-        train_on="train+val+vg",
-    ),
+        train_on="train+val+vg"),
     ("retrieval", "base"): dict(
-        batch=512, epochs=100.0, lr=2e-5, weight_decay=0.0, warmup=0.1, drops="0.3,0.6", drop_factor=0.1, dropout=0.2,
-        drop_sentence=0.1, drop_object=0.1, max_len=28, grad_clip=2.0,
-    ),
+        batch=512, epochs=100.0, lr=2e-5, weight_decay=0.0, warmup=0.1, drops="0.3,0.6", dropout=0.2, drop_sentence=0.1,
+        drop_object=0.1, max_len=28, grad_clip=2.0),
     ("vcr", "base"): dict(
-        batch=64, epochs=20.0, lr=2e-5, warmup=0.05, drops="0.2,0.4", drop_factor=0.1, grad_clip=1.0, max_len=35,
-        mirror=0.5,
-    ),
+        batch=64, epochs=20.0, lr=2e-5, warmup=0.05, drops="0.2,0.4", grad_clip=1.0, max_len=35, mirror=0.5),
     ("caption", "base"): dict(
         batch=80, captions_per_image=5, epochs=10.0, lr=3e-5, weight_decay=0.0, warmup=0.2, grad_clip_value=0.1,
-        label_smoothing=0.1, max_len=19,
-    ),
+        label_smoothing=0.1, max_len=19),
     ("scst", "base"): dict(
         batch=480, captions_per_image=5, epochs=50.0, lr=5e-6, weight_decay=0.0, warmup=0.0, drops="0.36,0.72",
-        drop_factor=0.8, grad_clip_value=0.1, max_len=19,
-    ),
+        drop_factor=0.8, grad_clip_value=0.1, max_len=19),
     # HERE[tden-9] (not in the paper): a minute each after tiny's pre-training
     ("vqa", "tiny"): dict(steps=300, lr=5e-4),
     ("retrieval", "tiny"): dict(steps=300, lr=5e-4),
@@ -162,11 +157,12 @@ RECIPES = {
 TASKS = ("pretrain", "retrieval", "vqa", "vcr", "caption", "scst")
 QUESTION_TASKS = ("vqa", "vcr")
 PARTS = ("cross_encoder.", "cross_decoder.", "lm_head.", "moc_head.", "ism.", "answer_head.")  # that some tasks lack
+TEXT = ("ids", "segments", "keep_mask", "targets", "labels")  # what a question's rows take from a loader's batch
 NOTHING = -100  # the label of what is not to be predicted
 LM_EPS, EMBED_EPS = 1e-12, 1e-5  # OFFICIAL: LayerNorm's epsilon in blocks and heads, and in embeddings and answer heads
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Blocks: BERT's, with the norm after the residual. One alphabet: B pictures, R text rows (k for each picture), N
+# Blocks. BERT's, with the norm after the residual. One alphabet: B pictures, R text rows (k for each picture), N
 # regions, T text tokens, D width, H heads, V vocabulary, C classes of regions, P numbers of a pooled vector. Keep masks
 # are boolean, True = attend, and stand in a form that broadcasts to [rows, H, queries, keys].
 
@@ -422,16 +418,17 @@ class TDEN(nn.Module, ask.Verbs):
         v_states = self.see(batch)
         keep, seen = batch["keep_mask"], batch["region_keep_mask"]
         # One set of weights reads both copies: u may look at every word, g at those before it.
-        ids, causal = torch.cat([batch["u_ids"], batch["g_ids"]]), causal_mask(keep.size(1), keep.device)
+        ids = torch.cat([batch["u_ids"], batch["g_ids"]])
         types = torch.cat([torch.zeros_like(batch["u_ids"]), torch.ones_like(batch["g_ids"])])
         whole = keep[:, None, None].expand(-1, 1, keep.size(1), -1)  # [R, 1, T, T]
-        u, g = self.read(ids, types, torch.cat([whole, whole & causal])).chunk(2)
+        causal = whole.tril()
+        u, g = self.read(ids, types, torch.cat([whole, causal])).chunk(2)
 
         v_last, t = self.understand(v_states[-1], u, torch.cat([seen, keep], dim=1)[:, None, None])
         # PAPER: messages pass from regions to words alone. OFFICIAL: the memory is what the cross-modal encoder made of
         # the regions, which has read the whole sentence. HERE[tden-1]: the paper's, unless asked for.
         memory = v_last[-1] if self.cfg.decoder_memory == "understanding" else v_states[-1]
-        g = self.generate(g, self.memory(memory), whole & causal, seen)
+        g = self.generate(g, self.memory(memory), causal, seen)
         out = {"mlm": self.lm_head(t[batch["mlm_labels"] != NOTHING]),
                "msg": self.lm_head(g[batch["msg_labels"] != NOTHING])}  # fmt: skip
         if "moc_targets" in batch:
@@ -448,17 +445,17 @@ class TDEN(nn.Module, ask.Verbs):
 
     def next_words(self, ids, kvs, region_keep_mask, caches=None, start=0):
         """ids [R, T], right-padded, so that a causal mask hides all padding -> states [R, T, D] of the next words."""
-        keep = causal_mask(ids.size(1), ids.device) if ids.size(1) > 1 else None  # one new token sees all cached ones
-        n = len(self.sentence_encoder)
+        T, n = ids.size(1), len(self.sentence_encoder)
+        keep = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril() if T > 1 else None  # one word sees all
         g = self.read(ids, torch.ones_like(ids), keep, caches and caches[:n], start)
         return self.generate(g, kvs, keep, region_keep_mask, caches and caches[n:])
 
     def answer(self, batch: dict) -> dict:
-        """ids, types, keep_mask [R, T], regions of B pictures -> {"u": [R, answers], and in vqa "g"}, logits."""
+        """ids, segments, keep_mask [R, T], regions of B pictures -> {"u": [R, answers], and in vqa "g"}, logits."""
         keep, k = batch["keep_mask"], len(batch["ids"]) // len(batch["features"])
         seen = batch["region_keep_mask"].repeat_interleave(k, 0)
         v = self.see(batch)[-1]
-        t = self.read(batch["ids"], batch["types"], keep[:, None, None])
+        t = self.read(batch["ids"], batch["segments"], keep[:, None, None])
         both = torch.cat([seen, keep], dim=1)[:, None, None]
         v_states, u = self.understand(v.repeat_interleave(k, 0), t, both)
         g = None
@@ -472,33 +469,30 @@ class TDEN(nn.Module, ask.Verbs):
     @torch.no_grad()
     def caption_batch(self, batch: dict, beam=1) -> list[str]:
         """B pictures -> B captions: greedy (beam 1) or beam search."""
-        tok, batch = self.tokenizer, self.on_device(with_regions(batch, self.cfg))
+        tok, batch = self.tokenizer, data.to_device(self, regions.of_batch(batch, self.cfg.max_regions))
         ids, _ = decoding.competing_beams(Decoder(self, batch), len(batch["features"]), beam, tok.bos, tok.eos,
                                           self.cfg.max_new, batch["features"].device)  # fmt: skip
         return [" ".join(tok.decode(row).split()) for row in ids.tolist()]
 
     def encode_images(self, batch: dict):
         """B pictures -> [B, P] of length 1."""
-        batch = self.on_device(with_regions(batch, self.cfg))
+        batch = data.to_device(self, regions.of_batch(batch, self.cfg.max_regions))
         return self.ism.of_image(self.see(batch), batch["region_keep_mask"])
 
     def encode_texts(self, texts: list[str]):
         """Texts as written -> [R, P] of length 1."""
         tok = self.tokenizer
         rows = [[tok.encode(data.clean_caption(text), self.cfg.max_len)] for text in texts]
-        batch = self.on_device(data.pad_texts(rows, tok.bos, tok.eos, tok.pad))
+        batch = data.to_device(self, data.pad_texts(rows, tok.bos, tok.eos, tok.pad))
         t = self.read(batch["ids"], torch.zeros_like(batch["ids"]), batch["keep_mask"][:, None, None])
         return self.ism.of_text(t, batch["keep_mask"])
 
     @torch.no_grad()
     def answer_scores(self, batch: dict):
         """Questions -> [B, answers], of VCR [B, 4]. OFFICIAL: the sum of softmax(u) and softmax(g)."""
-        out = self.answer(self.on_device(with_regions(batch, self.cfg) | texts_in(batch)))
-        return out["u"].float().view(-1, 4) if self.cfg.task == "vcr" else sum(x.float().softmax(-1) for x in out.values())
-
-    def on_device(self, rows: dict) -> dict:
-        device = self.tokens.word.weight.device
-        return {name: x.to(device, non_blocking=True) for name, x in rows.items()}
+        rows = regions.of_batch(batch, self.cfg.max_regions) | {name: batch[name] for name in TEXT if name in batch}
+        out = {branch: logits.float() for branch, logits in self.answer(data.to_device(self, rows)).items()}
+        return out["u"].view(-1, 4) if self.cfg.task == "vcr" else sum(logits.softmax(-1) for logits in out.values())
 
     @classmethod
     def from_run(cls, source: str, device="cpu") -> TDEN:
@@ -515,11 +509,6 @@ def cross_depth(cfg: Config) -> int:
     return cfg.cross_layers + round(extra)
 
 
-def causal_mask(T: int, device):
-    """bool [T, T]: a query sees itself and what comes before."""
-    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruption: from a loader's batch to what pre-training reads. All luck comes from one generator.
 
@@ -527,20 +516,11 @@ def causal_mask(T: int, device):
 def corrupt_regions(features, boxes, is_masked):
     """Features [R, N, D] with zeros where a region is masked or overlaps a masked one, and how many are zeroed [R].
 
-    boxes [R, N, 4] in pixels. OFFICIAL: overlap is an IoU above 0.4, edges counted as pixels. Nine masked regions of ten
-    are to be zeroed, but each overlaps itself wholly, so in effect all are: HERE[tden-4], we zero them all.
+    boxes [R, N, 4] in pixels. OFFICIAL: overlap is an IoU above 0.4, edges counted as pixels. Nine masked regions of
+    ten are to be zeroed, but each overlaps itself wholly, so in effect all are: HERE[tden-4], we zero them all.
     """
     is_zero = is_masked | ((regions.iou(boxes) > 0.4) & is_masked[:, None]).any(2)  # [R, N, N] -> [R, N]
     return features.masked_fill(is_zero[:, :, None], 0.0), is_zero.sum(1)
-
-
-def with_global(features, locations, keep_mask, n) -> dict:
-    """Regions of B pictures with the global one before them: the sum of their features over n [B], the whole picture's
-    box. -> features [B, 1 + N, D], locations [B, 1 + N, 5], region_keep_mask [B, 1 + N]."""
-    whole = features.sum(1, keepdim=True) / n.clamp(min=1)[:, None, None]
-    box = torch.tensor([0.0, 0, 1, 1, 1], device=features.device).expand(len(features), 1, 5)
-    return {"features": torch.cat([whole, features], dim=1), "locations": torch.cat([box, locations], dim=1),
-            "region_keep_mask": F.pad(keep_mask, (1, 0), value=True)}  # fmt: skip
 
 
 def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
@@ -558,7 +538,7 @@ def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator
     seen = regions_of["_keep_mask"]
     is_masked = (torch.rand(seen.shape, generator=luck) < cfg.region_mask) & seen
     features, n_zeroed = corrupt_regions(regions_of[""], regions_of["_boxes"], is_masked)
-    rows = with_global(features, regions_of["_locations"], seen, seen.sum(1) - n_zeroed)
+    rows = regions.with_global(features, regions_of["_locations"], seen, seen.sum(1) - n_zeroed)
     if "_classes" in regions_of and cfg.region_classes:
         rows |= {"moc_targets": regions_of["_classes"], "region_is_masked": is_masked}
     # PAPER (MSG): the next word of the true sentence, at every position. OFFICIAL: after a corrupted prefix, the same
@@ -613,11 +593,6 @@ def loss_answers(logits, targets):
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum") / len(logits)
 
 
-def loss_choice(logits, labels):
-    """VCR. logits [B, 4], labels [B] -> mean cross-entropy."""
-    return F.cross_entropy(logits.float(), labels)
-
-
 def loss_caption(logits, targets, smoothing=0.0):
     """Captioning. logits [M, V], targets [M] -> mean KL(q || p), where q gives the target 1 - smoothing and every other
     word smoothing / (V - 1). Without smoothing it is the cross-entropy."""
@@ -654,16 +629,17 @@ def second_inputs(batch: dict, mlm_logits, msg_logits, mode="argmax", probabilit
     in_g = F.pad(told[:, :-1], (1, 0))  # what was said at t - 1 stands at t
     if probability < 1:
         is_masked = is_masked & (torch.rand(is_masked.shape, device=is_masked.device) < probability)
-    return {"u_ids": torch.where(is_masked, in_u, batch["u_ids"]), "g_ids": torch.where(is_masked, in_g, batch["g_ids"])}
+    u, g = (torch.where(is_masked, said, batch[name]) for name, said in (("u_ids", in_u), ("g_ids", in_g)))
+    return {"u_ids": u, "g_ids": g}
 
 
 def rows_of(batch: dict, task: str, tok: data.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
     """A loader's batch -> the tensors of a training step, inputs and labels, for any task."""
     if task == "pretrain":
         return corrupt(batch, tok, cfg, luck)
-    rows = with_regions(batch, cfg)
+    rows = regions.of_batch(batch, cfg.max_regions)
     if task in QUESTION_TASKS:
-        return rows | texts_in(batch) | {name: batch[name] for name in ("targets", "labels") if name in batch}
+        return rows | {name: batch[name] for name in TEXT if name in batch}
     if task == "retrieval":
         ids, keep = data.whole_captions(batch, tok.pad)
         numbers = data.picture_numbers(batch, len(ids) // len(batch["regions"]))
@@ -693,31 +669,19 @@ def losses(cfg: Config, out: dict, rows: dict) -> dict:
         if "image_ids" in rows:
             found["ism"] = loss_ism(out["text"], out["image"], rows["image_ids"], cfg.margin, cfg.hardest)
         return found
-    if cfg.task == "retrieval":  # OFFICIAL: here a sum over the pairs, which matters to the clipping of its gradient
+    if cfg.task == "retrieval":  # OFFICIAL: here a sum, over a GPU's 128 pairs: it matters to the clipping of gradients
         hinge = loss_ism(out["text"], out["image"], rows["image_ids"], cfg.margin, cfg.hardest)
-        return {"ism": hinge * cfg.batch if cfg.hardest else hinge}
+        return {"ism": hinge * min(cfg.batch, 128)}
     if cfg.task == "vqa":
         return {name: loss_answers(out[name], rows["targets"]) for name in ("u", "g") if name in out}
     if cfg.task == "vcr":
-        return {"choice": loss_choice(out["u"].view(-1, 4), rows["labels"])}
+        return {"choice": F.cross_entropy(out["u"].float().view(-1, 4), rows["labels"])}
     targets = rows["targets"][rows["targets"] != NOTHING]
     if cfg.task == "caption":
         return {"caption": loss_caption(out["logits"], targets, cfg.label_smoothing)}
     log_p = out["logits"].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return {"scst": loss_scst(log_p, rows["advantages"][:, None].expand_as(rows["targets"])[rows["targets"] != NOTHING])}
-
-
-def with_regions(batch: dict, cfg: Config) -> dict:
-    """The regions of a loader's batch as the model reads them, uncorrupted."""
-    if "objects" in batch:
-        return join_objects(batch, cfg.max_regions)
-    keep = batch["regions_keep_mask"]
-    return with_global(batch["regions"], batch["regions_locations"], keep, keep.sum(1))
-
-
-def texts_in(batch: dict) -> dict:
-    """The questions of a loader's batch as the model reads them."""
-    return {"ids": batch["ids"], "types": batch["segments"], "keep_mask": batch["keep_mask"]}
+    of_token = rows["advantages"][:, None].expand_as(rows["targets"])[rows["targets"] != NOTHING]
+    return {"scst": loss_scst(log_p, of_token)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -764,28 +728,6 @@ class AnswerHead(nn.Module):
         return out | ({"g": self.g(self.told(g, keep_mask))} if g is not None else {})
 
 
-def join_objects(batch: dict, most: int) -> dict:
-    """VCR: detected regions and those of the tagged objects in one list, as `with_global` gives it.
-
-    OFFICIAL: objects have priority and come last, at most `most` of them; the global region and the first detected ones
-    fill the list up to 1 + most. The global feature is the mean of both lists' own, weighted by their rows, of which
-    the global one is one.
-    """
-    lists = {"features": [], "locations": []}
-    for i in range(len(batch["regions"])):
-        n, m = int(batch["regions_keep_mask"][i].sum()), int(batch["objects_keep_mask"][i].sum())
-        kept = min(m, most)
-        for name, end in (("features", ""), ("locations", "_locations")):
-            detected, tagged = batch[f"regions{end}"][i, :n], batch[f"objects{end}"][i, :m]
-            first = torch.tensor([[0.0, 0, 1, 1, 1]])
-            if name == "features":
-                first = (((n + 1) * detected.mean(0) + (m + 1) * tagged.mean(0)) / (n + m + 2))[None]
-            lists[name].append(torch.cat([first, detected[: most - kept], tagged[:kept]]))
-    lengths = torch.tensor([len(row) for row in lists["features"]])
-    padded = {name: nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in lists.items()}
-    return padded | {"region_keep_mask": torch.arange(int(lengths.max())) < lengths[:, None]}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
@@ -815,8 +757,8 @@ class Decoder:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official weights: xmodaler's checkpoints, and BERT. A part (a child of TDEN) is filled whole, or starts fresh where the
-# file has nothing of it; every key is used, or belongs to a part that this task does without.
+# Official weights. xmodaler's checkpoints, and BERT. A part (a child of TDEN) is filled whole, or starts fresh where
+# the file has nothing of it; every key is used, or belongs to a part that this task does without.
 
 ATTENTION = {"q": "self.query", "kv": ("self.key", "self.value"), "out": "output.dense", "norm": "output.LayerNorm"}
 FEED_FORWARD = {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
@@ -851,25 +793,20 @@ NAMES = (  # ours, xmodaler's, what both are followed by; {} is the number of a 
 def official_modules(cfg: Config) -> dict:
     """Our module -> the list of xmodaler's that it holds, for the parts of all tasks."""
     depth = {"object_encoder": cfg.object_layers, "sentence_encoder": cfg.sentence_layers, "ism": cfg.object_layers}
-    modules = {}
-    for ours, theirs, inside in NAMES:
-        for i in range(depth.get(ours.split(".")[0], cfg.cross_layers) if "{}" in ours else 1):
-            for mine, names in inside.items():
-                names = (names,) if isinstance(names, str) else names
-                modules[ours.format(i) + mine] = [theirs.format(i) + name for name in names]
-    return modules
-
-
-def tensor_names(model: TDEN, modules: dict) -> dict:
-    """Our name of each tensor of these modules -> their names, to be concatenated."""
-    of = {name: name.rsplit(".", 1) for name in model.state_dict()}
-    return {name: [f"{one}.{tensor}" for one in modules[module]] for name, (module, tensor) in of.items()
-            if module in modules}  # fmt: skip
+    return weights.module_names(NAMES, lambda ours: depth.get(ours.split(".")[0], cfg.cross_layers))
 
 
 def official_names(model: TDEN) -> dict:
-    """Our name of each tensor -> xmodaler's names, to be concatenated."""
-    return tensor_names(model, official_modules(model.cfg))
+    """Our name of each tensor -> the list of xmodaler's, to be concatenated."""
+    return weights.tensor_names(model, official_modules(model.cfg))
+
+
+SHAPES = {  # config field: a tensor whose shape tells it, and the dimension
+    "vocab_size": ("token_embed.embeddings", 0), "width": ("token_embed.embeddings", 1),
+    "positions": ("token_embed.embeddings_pos.position_embeddings", 0), "feature_dim": ("visual_embed.embeddings", 1),
+    "mlp": ("encoder.layers.0.intermediate.dense", 0), "region_classes": ("v_predictor.decoder", 0),
+    "pooled": ("similarity_predictor.t_pooler.embed", 0),
+}  # fmt: skip
 
 
 def official_sizes(state: dict) -> dict:
@@ -877,17 +814,9 @@ def official_sizes(state: dict) -> dict:
     def depth(prefix: str) -> int:
         return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
 
-    shapes = {name: (key, dim) for name, key, dim in (
-        ("vocab_size", "token_embed.embeddings.weight", 0), ("width", "token_embed.embeddings.weight", 1),
-        ("positions", "token_embed.embeddings_pos.position_embeddings.weight", 0),
-        ("mlp", "encoder.layers.0.intermediate.dense.weight", 0), ("feature_dim", "visual_embed.embeddings.weight", 1),
-    )} | {name: (key, 0) for name, key in (
-        ("region_classes", "v_predictor.decoder.weight"), ("pooled", "similarity_predictor.t_pooler.embed.weight"),
-        ("pooled", "predictor.u_pooler.embed.weight")) if key in state}  # fmt: skip
-    if missing := [key for key, _ in shapes.values() if key not in state]:
-        raise UserError(f"no checkpoint of xmodaler's TDEN, as it lacks {missing[0]}; its first keys are "
-                        f"{', '.join(list(state)[:3])}")  # fmt: skip
-    sizes = {name: state[key].size(dim) for name, (key, dim) in shapes.items()}
+    if "token_embed.embeddings.weight" not in state:
+        raise UserError(f"no checkpoint of xmodaler's TDEN; its first keys are {', '.join(list(state)[:3])}")
+    sizes = {name: state[f"{key}.weight"].size(dim) for name, (key, dim) in SHAPES.items() if f"{key}.weight" in state}
     layers = {"sentence_layers": depth("encoder.layers."), "object_layers": depth("encoder.v_layers."),
               "cross_layers": max(depth("decoder.u_layers."), depth("decoder.g_layers."))}  # fmt: skip
     sizes |= {name: n for name, n in layers.items() if n}
@@ -895,10 +824,17 @@ def official_sizes(state: dict) -> dict:
 
 
 def load_official(model: TDEN, state: dict) -> str:
-    """A state dict of xmodaler's, of any of its five models, into a model of any task; see `common.load_parts`."""
+    """A state dict of xmodaler's, of any of its five models, into a model of any task; see `weights.load_parts`."""
     known = [f"{name}." for names in official_modules(model.cfg).values() for name in names]
     not_used = (*known, "predictor.bias")  # that of predictor.decoder once more, under a second name
-    return common.load_parts(model, state, official_names(model), not_used, "xmodaler's TDEN")
+    return weights.load_parts(model, state, official_names(model), not_used, "xmodaler's TDEN")
+
+
+BERT_NAMES = {  # what xmodaler's names begin with -> what BERT's do
+    "encoder.layers.": "encoder.layer.", "token_embed.embeddings_pos.": "embeddings.", "predictor.": "cls.predictions.",
+    "token_embed.embeddings_norm": "embeddings.LayerNorm", "token_embed.embeddings_token": "embeddings.token",
+    "token_embed.embeddings": "embeddings.word_embeddings",
+}  # fmt: skip
 
 
 def load_bert(model: TDEN, state: dict) -> str:
@@ -907,25 +843,21 @@ def load_bert(model: TDEN, state: dict) -> str:
     HERE[tden-7] (not in the paper): the conversion that xmodaler starts from is not published; this one is by meaning.
     The third type starts as the first (first release), the untied LM matrix as the word embeddings.
     """
-    renames = (("bert.", ""), ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-    for old, new in renames:
+    for old, new in (("bert.", ""), ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         state = {key.replace(old, new): value for key, value in state.items()}
-    types = "embeddings.token_type_embeddings.weight"
-    if types in state:
-        state[types] = torch.cat([state[types], state[types][:1]])[:3]
-    if hasattr(model, "lm_head") and "cls.predictions.bias" in state:
-        state |= {"cls.predictions.decoder.weight": state["embeddings.word_embeddings.weight"],
-                  "cls.predictions.decoder.bias": state["cls.predictions.bias"]}  # fmt: skip
-    to_bert = {"encoder.layers.": "encoder.layer.", "predictor.": "cls.predictions.",
-               "token_embed.embeddings_pos.": "embeddings.", "token_embed.embeddings_norm": "embeddings.LayerNorm",
-               "token_embed.embeddings_token_type": "embeddings.token_type_embeddings"}  # fmt: skip
-    modules = {"tokens.word": ["embeddings.word_embeddings"]}
+    types, words = (state.get(f"embeddings.{x}_embeddings.weight") for x in ("token_type", "word"))
+    if types is not None:
+        state["embeddings.token_type_embeddings.weight"] = torch.cat([types, types[:1]])[:3]
+    if (bias := state.get("cls.predictions.bias")) is not None:
+        state |= {"cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": bias}
+    modules = {}
     for ours, theirs in official_modules(model.cfg).items():
-        for old, new in to_bert.items():
-            if theirs[0].startswith(old) and not ours.startswith("answer_head"):
-                modules[ours] = [name.replace(old, new, 1) for name in theirs]
-    return common.load_parts(model, state, tensor_names(model, modules), ("pooler.", "cls.", "embeddings.position_ids"),
-                             "BERT")  # fmt: skip
+        old = next((old for old in BERT_NAMES if theirs[0].startswith(old)), None)
+        if old and not ours.startswith("answer_head"):
+            modules[ours] = [name.replace(old, BERT_NAMES[old], 1).replace("token_type", "token_type_embeddings")
+                             for name in theirs]  # fmt: skip
+    names = weights.tensor_names(model, modules)
+    return weights.load_parts(model, state, names, ("pooler.", "cls.", "embeddings.position_ids"), "BERT")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -946,23 +878,14 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
             raise UserError(f"{cfg.init} reads region features of {sizes['feature_dim']} numbers, the data's have "
                             f"{cfg.feature_dim}: extract bottom-up attention's, or train without --init")  # fmt: skip
     elif not checkpoint and cfg.bert != "none":
-        bert = common.read_weights(cfg.bert)
+        bert = weights.read_weights(cfg.bert)
         names = dict(vocab_size="vocab_size", width="hidden_size", heads="num_attention_heads", mlp="intermediate_size",
                      sentence_layers="num_hidden_layers", positions="max_position_embeddings")  # fmt: skip
         sizes = {ours: bert[0][theirs] for ours, theirs in names.items() if theirs in bert[0]}
     for name, value in sizes.items():
         setattr(cfg, name, value)
     check(cfg)
-    if checkpoint:
-        tokenizer = data.Tokenizer.load(checkpoint)
-    elif cfg.tokenizer != "none" or cfg.bert != "none":
-        tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.bert)
-    else:
-        tokenizer = data.Tokenizer.train(corpora.texts(corpus, cfg.world), cfg.vocab_size, "wordpiece")
-    if not sizes and not checkpoint:
-        cfg.vocab_size = tokenizer.vocab_size
-    elif tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the word embedding {cfg.vocab_size}")
+    tokenizer = weights.choose_tokenizer(cfg, cfg.bert, checkpoint, corpus, "wordpiece", bool(sizes))
     if tokenizer.mask is None:
         raise UserError("this tokenizer has no mask token, which pre-training shows: take BERT's")
     answers = tuple(corpus.answers) if corpus else ()
@@ -973,7 +896,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
         common.load_model_weights(model, checkpoint)
     elif checkpoint:  # pre-trained, or trained for another task
         state, same = common.read_tensors(checkpoint / "model.safetensors"), {name: name for name in model.state_dict()}
-        told = common.load_parts(model, state, same, PARTS, str(checkpoint))
+        told = weights.load_parts(model, state, same, PARTS, str(checkpoint))
     elif official is not None:
         told = load_official(model, official)
     elif bert:
@@ -994,24 +917,12 @@ def samples_of(cfg: Config, model: TDEN, corpus, items, task="qa", answer=None, 
     return data.Pictures(items, captions=cfg.captions_per_image, max_len=cfg.max_len, **more)
 
 
-def micro_batches(rows: dict, cfg: Config) -> list[dict]:
-    """The tensors of a step in pieces of --micro-batch pairs, but never less than a picture."""
-    B = len(rows["features"])
-    pictures = max(1, cfg.micro_batch * B // max(map(len, rows.values()))) if cfg.micro_batch else B
-    cut = {name: x.split(pictures * (len(x) // B)) for name, x in rows.items()}
-    return [dict(zip(cut, piece, strict=True)) for piece in zip(*cut.values(), strict=True)]
-
-
 def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | None = None) -> None:
     """The loop. `checkpoint`: go on from its step with its optimizer; all that is random follows from seed and step."""
     model.to(machine.device)
     optimizer = common.adamw(model, lambda name: cfg.lr, cfg.weight_decay, (0.9, cfg.beta2), all_matrices=True)
-    start, best, is_scst, cider, train_items = 0, -1.0, cfg.task == "scst", None, corpus.splits["train"]
-    if checkpoint:
-        meta = common.load_training_state(checkpoint, optimizer)
-        start, best = meta["step"], meta["best"]
-        if machine.is_main:
-            run.forget_after(start)
+    is_scst, cider, train_items = cfg.task == "scst", None, corpus.splits["train"]
+    start, best, is_due = run.go_on(checkpoint, optimizer)
     if is_scst:
         cider = scoring.CiderReward({item.image_id: item.captions for item in train_items})
     sets = [samples_of(cfg, model, corpus, train_items, task, train=True)
@@ -1021,16 +932,18 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                for one in sets]  # fmt: skip
     batches = [iter(loader) for loader in loaders]
     turns = {"pretrain": ["", "_2"][: cfg.passes], "vcr": ["_qa", "_qar"]}.get(cfg.task, [""])  # what an iteration does
-    log, exam = common.Logger(run, machine, cfg.steps, cfg.log_every, start), exam_of(cfg, model, corpus, machine)
-    log.flops_per_item = flops_per_pair(cfg, model)
+    log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
+    asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
+    # 6 x parameters x tokens, a pair counted at 20 tokens of each part, every copy and pass of it; embeddings too
+    log.flops_per_item = 6 * 20 * len(turns) * sum(p.numel() for p in model.parameters())
     ddp = common.spread(model, cfg, machine, (EncoderBlock, UnderstandingBlock, GenerationBlock), find_unused=True)
-    if checkpoint and meta.get("is_due"):  # saved, but stopped before its evaluation was over
-        best = exam.validate(cfg, run, log, start, best)
+    if is_due:  # saved, but stopped before its evaluation was over
+        best = asked.validate(cfg, run, log, start, best)
     with common.StopRequest() as stop, contextlib.ExitStack() as ending:
         for stream in batches:
             ending.callback(stream.close)
         for step in range(start, cfg.steps):
-            model.train(not is_scst)
+            model.train(not is_scst)  # HERE[tden-10]: no dropout in scst, so that log p is the sampler's own
             seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
             torch.manual_seed(seed)  # of dropout, and of what the second pass draws
             for group in optimizer.param_groups:
@@ -1041,21 +954,19 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                     with log.waiting():
                         batch = next(batches[turn])
                     rows = rows_of(batch, cfg.task, model.tokenizer, cfg, torch.Generator().manual_seed(seed))
-                    rows = {name: x.to(machine.device, non_blocking=True) for name, x in rows.items()}
+                    rows = data.to_device(model, rows)
                     if is_scst:  # the loader's captions make way for the model's own
-                        # HERE[tden-10]: no dropout, here and in the step, so that log p is the sampler's own
-                        with machine.autocast():
-                            samples, _ = decoding.rewarded_samples(
-                                lambda: Decoder(model, rows), batch["image_id"], cfg.captions_per_image, model.tokenizer,
-                                cider, cfg.max_new, torch.Generator(machine.device).manual_seed(seed), "greedy")
-                        rows |= samples
+                        luck, k = torch.Generator(machine.device).manual_seed(seed), cfg.captions_per_image
+                        with torch.no_grad(), machine.autocast():
+                            rows |= decoding.rewarded_samples(partial(Decoder, model, rows), batch["image_id"], k,
+                                                              model.tokenizer, cider, cfg.max_new, luck, "greedy")[0]
                     here = counts(cfg.task, rows)
                     told = [*here.values(), len(batch["bad"]), stop.signum > 0]
                     *sums, bad_in_all, stops = common.sum_over_processes(told, machine.device)
                     in_all, to_stop = dict(zip(here, sums, strict=True)), to_stop or stops > 0
                     if bad_in_all:
                         loaders[turn].judge(common.gather_lists(batch["bad"]))
-                    pieces = micro_batches(rows, cfg)
+                    pieces = data.pieces_of(rows, cfg.micro_batch)
                 is_update = cfg.two_updates or cfg.task != "pretrain" or turn + 1 == len(turns)
                 for i, piece in enumerate(pieces):
                     # Each loss is the mean over all its targets of the global batch, however it is cut; DDP averages
@@ -1083,10 +994,11 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
             with log.pause():
                 if is_due or to_stop:
                     common.share_buffers(model)
+                    meta = {"val": {}, "best": best, "is_due": is_due}
                     if machine.is_main:
-                        run.save(step + 1, model, model.tokenizer, optimizer, {"val": {}, "best": best, "is_due": is_due})
+                        run.save(step + 1, model, model.tokenizer, optimizer, meta)
                 if is_due:
-                    best = exam.validate(cfg, run, log, step + 1, best)
+                    best = asked.validate(cfg, run, log, step + 1, best)
             if to_stop:
                 raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
         if any(common.sum_over_processes([stop.signum > 0], machine.device)):  # heard in the last step
@@ -1096,29 +1008,15 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
         print(f"{bad} training pictures could not be read and were skipped")
 
 
-def flops_per_pair(cfg: Config, model: TDEN) -> float:
-    """Floating-point operations of a training iteration per pair, for the MFU: 6 x parameters x tokens, a text counted
-    at 12 tokens, a picture at 20 regions; attention itself left out, embeddings too."""
-    size = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    copies = 1 + (cfg.task == "pretrain")
-    words = sum(size.get(part, 0) * n for part, n in (("sentence_encoder", copies), ("cross_decoder", 1), ("lm_head", 1),
-                                                      ("cross_encoder", 0.5)))  # fmt: skip
-    seen = size["object_encoder"] + size.get("cross_encoder", 0) / 2
-    return 6 * (12 * words + 20 * seen) * (cfg.passes if cfg.task == "pretrain" else 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
-
-
-def exam_of(cfg: Config, model: TDEN, corpus, machine) -> exam.Exam:
-    return exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
 
 
 def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine, folder, started: float) -> dict:
     """Every test split with its controls: metrics.json, pictures, result files in `folder`; columns of a table."""
     n_texts = 1 if cfg.data == "scenes" else 5
-    splits, columns = exam_of(cfg, model, corpus, machine).final(folder, cfg.beam, cfg.official, n_texts)
+    asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
+    splits, columns = asked.final(folder, cfg.beam, cfg.official, n_texts)
     protocol = {
         "passes": cfg.passes, "decoder_memory": cfg.decoder_memory, "decoupled": cfg.decoupled, "init": cfg.init,
         "regions": cfg.regions, "beam": cfg.beam, "max_new": cfg.max_new, "texts_per_picture": n_texts,
@@ -1151,16 +1049,10 @@ def check(cfg: Config) -> None:
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} --heads {cfg.heads}: the first must be a multiple of the second")
-    asked = {"vqa": ("scenes", "vqa"), "vcr": ("scenes", "vcr")}.get(cfg.task)
-    if asked and cfg.data not in asked:
-        raise UserError(f"--task {cfg.task} needs questions: --data {' or '.join(asked)}, not {cfg.data}")
-    if not asked and cfg.data in corpora.QUESTIONS:
-        raise UserError(f"--data {cfg.data} has questions, no captions, which --task {cfg.task} trains on")
-    for name, most in (("dropout", 0.99), ("warmup", 1), ("label_smoothing", 1), ("beta2", 0.99999), ("word_mask", 1),
-                       ("region_mask", 1), ("ss_prob", 1), ("mirror", 1), ("drop_sentence", 1), ("drop_object", 1),
-                       ("drop_cross", 1), ("max_len", cfg.positions - 2), ("max_new", cfg.positions)):  # fmt: skip
-        if getattr(cfg, name) > most:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give {most} or less")
+    corpora.check_task(cfg.task, cfg.data)
+    shares = "warmup label_smoothing word_mask region_mask ss_prob mirror drop_sentence drop_object drop_cross".split()
+    common.check_most(cfg, {**dict.fromkeys(shares, 1), "dropout": 0.99, "beta2": 0.99999, "max_new": cfg.positions,
+                            "max_len": cfg.positions - 2})  # fmt: skip
 
 
 def load_data(cfg: Config):
@@ -1168,13 +1060,7 @@ def load_data(cfg: Config):
     task = cfg.task if cfg.task in QUESTION_TASKS else "caption"
     corpus = corpora.load(cfg.data, cfg.root or None, task, cfg.train_on, world=cfg.world, n_train=cfg.train_scenes,
                           n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
-    corpus.regions = regions.region_source(cfg.regions, cfg.data, cfg.root or None, cfg.max_regions)
-    corpus.notes += [corpus.regions.note] if corpus.regions.note else []
-    numbers, classes = regions.numbers_and_classes(corpus.regions, corpus)
-    if cfg.feature_dim not in (0, numbers):
-        raise UserError(f"regions of {numbers} numbers, where the model reads {cfg.feature_dim}: take the regions that it "
-                        "was trained on, or train a new one")  # fmt: skip
-    cfg.feature_dim, cfg.region_classes = numbers, cfg.region_classes or classes
+    regions.attach(corpus, cfg)
     return corpus
 
 
@@ -1206,8 +1092,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
     pictures, k = cfg.batch // cfg.captions_per_image, cfg.captions_per_image
     if pictures < machine.processes * (2 if cfg.task in ("pretrain", "retrieval") else 1):
-        raise UserError(f"--batch {cfg.batch} is too small for {machine.processes} process(es): ISM needs two pictures in "
-                        "each, the other tasks one")  # fmt: skip
+        raise UserError(f"--batch {cfg.batch} is too small for {machine.processes} process(es): ISM needs two pictures "
+                        "in each, the other tasks one")  # fmt: skip
     model = build(cfg, corpus, checkpoint)
     corpus.answers = model.answers
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
@@ -1225,10 +1111,7 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, UserError) as error:
         raise common.stopped(run, machine, why=error) from None
     if machine.is_main:
-        sees = judge.how_it_sees(columns["test"], columns["test, shuffled"]) if "caption_true" in columns["test"] else ""
-        verb = {"vqa": "--ask PICTURE QUESTION", "retrieval": "--score PICTURE TEXT", "vcr": "--eval-only"}
-        go_on = f"python tden.py {verb.get(cfg.task, '--caption PICTURE')} --init {shlex.quote(str(run.path))}"
-        finish.tell(columns, run, started, sees, "test pictures with what the model says", go_on)
+        finish.tell(columns, run, cfg.task, started, "tden.py")
 
 
 if __name__ == "__main__":

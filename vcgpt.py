@@ -33,7 +33,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import shlex
 import signal
 import sys
 import time
@@ -49,8 +48,9 @@ import corpora
 import data
 import decoding
 import eval as scoring
+import weights
 from common import UserError
-from tools import compare, finish, judge
+from tools import compare, finish
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config, presets, recipes. Every field is a flag; its comment is the flag's help.
@@ -480,7 +480,7 @@ def loss_scst(logits, targets, advantages):
 
 
 class Decoder:
-    """What decoding.greedy, beam_search and sample drive: R captions grow by one token a step, as many for each picture.
+    """What decoding.py drives: R captions grow by one token a step, as many for each picture.
 
     Keys and values of earlier tokens are cached, those of the picture are made once and shared by its beams.
     `cached=False` recomputes the whole prefix at every step: slower, and there to prove that nothing changes.
@@ -557,7 +557,7 @@ def load_clip(tower: CLIPVision, state: dict) -> None:
                 f"blocks.{i}.mlp.up.{part}": f"{theirs}.mlp.fc1.{part}",
                 f"blocks.{i}.mlp.down.{part}": f"{theirs}.mlp.fc2.{part}",
             }
-    common.load_renamed(tower, state, names, not_used, what="CLIP")
+    weights.load_renamed(tower, state, names, not_used, what="CLIP")
 
 
 def load_gpt2(gpt2: GPT2, state: dict) -> None:
@@ -591,7 +591,7 @@ def load_gpt2(gpt2: GPT2, state: dict) -> None:
                     f"{ours}.cross.kv.{part}": f"{theirs}.crossattention.c_attn.{part}",
                     f"{ours}.cross.out.{part}": f"{theirs}.crossattention.c_proj.{part}",
                 }
-    common.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack=("cross",))
+    weights.load_renamed(gpt2, state, names, not_used, what="GPT-2", may_lack=("cross",))
 
 
 def clip_sizes(config: dict) -> dict:
@@ -625,8 +625,8 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
 
     Official weights bring their sizes along, so cfg is changed here to what was really built.
     """
-    clip = common.read_weights(cfg.clip) if cfg.clip != "none" and checkpoint is None else None
-    gpt2 = common.read_weights(cfg.gpt2) if cfg.gpt2 != "none" and checkpoint is None else None
+    clip = weights.read_weights(cfg.clip) if cfg.clip != "none" and checkpoint is None else None
+    gpt2 = weights.read_weights(cfg.gpt2) if cfg.gpt2 != "none" and checkpoint is None else None
     sizes = (clip_sizes(clip[0]) if clip else {}) | (gpt2_sizes(gpt2[0]) if gpt2 else {})
     for name, value in sizes.items():
         if name != "image_size" or not cfg.image_size:  # another size than CLIP's is a choice: positions are resized
@@ -887,16 +887,13 @@ def check(cfg: Config) -> None:
         raise UserError("--image-size 0 is that of --clip, and there is none: give the side in pixels")
     if cfg.stem == "conv" and cfg.vision_width % 4:
         raise UserError(f"--vision-width {cfg.vision_width}: sines of row and column need a multiple of 4")
-    if cfg.data in corpora.QUESTIONS:
-        raise UserError(f"--data {cfg.data} has questions, no captions, which VC-GPT trains on: choose other data")
+    corpora.check_task(cfg.task, cfg.data)
     if not cfg.temperature and (cfg.top_k or cfg.top_p != 1.0):
         raise UserError("--top-k and --top-p belong to sampling: add --temperature, e.g. --temperature 1.0")
-    for name, value, most in (("top-p", cfg.top_p, 1), ("dropout", cfg.dropout, 0.99), ("warmup", cfg.warmup, 1),
-                              ("label-smoothing", cfg.label_smoothing, 1), ("beta2", cfg.beta2, 0.99999),
-                              ("max-new", cfg.max_new, cfg.positions),
-                              ("max-len", cfg.max_len, cfg.positions - 1)):  # fmt: skip
-        if value > most or (name == "top-p" and value == 0):
-            raise UserError(f"--{name} {value}: give {most} or less" + ", and more than 0" * (name == "top-p"))
+    if not cfg.top_p:
+        raise UserError("--top-p 0.0: give 1 or less, and more than 0")
+    common.check_most(cfg, {"top_p": 1, "dropout": 0.99, "warmup": 1, "label_smoothing": 1, "beta2": 0.99999,
+                            "max_new": cfg.positions, "max_len": cfg.positions - 1})  # fmt: skip
     if cfg.task == "scst" and cfg.baseline == "leave-one-out" and cfg.captions_per_image < 2:
         raise UserError("--baseline leave-one-out needs --captions-per-image 2 or more; --baseline greedy does not")
 
@@ -971,10 +968,7 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, UserError) as error:
         raise common.stopped(run, machine, why=error) from None
     if machine.is_main:
-        scenes = cfg.data == "scenes"
-        remark = judge.how_it_sees(columns["test"], columns["test, shuffled"]) if scenes else ""
-        finish.tell(columns, run, started, remark, "test pictures with captions",
-                    f"python vcgpt.py --caption PICTURE --init {shlex.quote(str(run.path))}")  # fmt: skip
+        finish.tell(columns, run, cfg.task, started, "vcgpt.py")
 
 
 if __name__ == "__main__":

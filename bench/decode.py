@@ -6,7 +6,7 @@
 Every caption has full length on both sides: there is no end token. Random weights and pictures, float32, CPU. Before
 anything is timed, greedy captions must be equal, and those of the beam of equal score. Medians of alternating runs:
 
-cache     `decoding.beam_search` over `vcgpt.Decoder`, pictures encoded beforehand. Goal: 3 times as fast with the cache.
+cache     `decoding.beam_search` over `vcgpt.Decoder`, pictures encoded beforehand. Goal: 3 times as fast with it.
 generate  The variant `vanilla` beside GPT2LMHeadModel(add_cross_attention=True).generate(num_beams=5), same weights,
           keys and values of the pictures made inside both. Goal: no slower. The vision tower has no blocks here.
 """
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from timing import compare, describe_machine
 
 import decoding
-import eval as scoring
 import vcgpt
 
 NO_END = -1  # an end token that no vocabulary has

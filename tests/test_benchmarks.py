@@ -9,6 +9,7 @@ from PIL import Image
 
 import corpora
 import data
+import regions
 from common import UserError
 
 ANSWERS = ["yes", "yes", "yes", "no", "yes", "yes", "Yes", "yes", "yes", "yes"]
@@ -325,8 +326,8 @@ def test_neutral_names_go_by_the_number_of_the_object():
 
 def test_boxes_of_vcr_lose_their_confidence(tmp_path):
     item = corpora.load("vcr", write(tmp_path, "vcr")).splits["val"][0]
-    assert data.object_boxes(item, (40, 30)).tolist() == [row[:4] for row in BOXES["boxes"]]
-    assert data.object_boxes(item, (18, 24)).tolist() == [[2, 3, 18, 24], [0, 0, 18, 24], [5, 5, 12, 13]]  # clipped
+    assert regions.object_boxes(item, (40, 30)).tolist() == [row[:4] for row in BOXES["boxes"]]
+    assert regions.object_boxes(item, (18, 24)).tolist() == [[2, 3, 18, 24], [0, 0, 18, 24], [5, 5, 12, 13]]  # clipped
 
 
 @pytest.mark.parametrize("boxes", [None, [], [[1, 2, 3, 4, 1]] * 2, [[1, 2, 3, "x", 1]] * 3, [[9, 2, 3, 4, 1]] * 3])
@@ -334,7 +335,7 @@ def test_metadata_that_does_not_fit_is_bad(tmp_path, boxes):
     item = corpora.load("vcr", write(tmp_path, "vcr")).splits["val"][0]
     item.metadata.write_text(json.dumps({"boxes": boxes} if boxes is not None else {}))
     with pytest.raises(data.BadImage, match="a@0.json"):
-        data.object_boxes(item, (40, 30))
+        regions.object_boxes(item, (40, 30))
 
 
 def test_nocaps(tmp_path):

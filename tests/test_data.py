@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import corpora
 import data
 from common import UserError
 from data import BadImage, Item, Pictures, Tokenizer, TrainBatches, load_image, load_own, to_pixels
@@ -253,8 +254,9 @@ def test_trained_vocabulary_is_like_gpt2s(tokenizer):
         Tokenizer.train(WORDS, 300, kind="words")
 
 
-def test_training_is_the_same_in_every_process():
-    code = (f"import hashlib, data; t = data.Tokenizer.train({WORDS!r} * 20, 320);"
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_training_is_the_same_in_every_process(kind):
+    code = (f"import hashlib, data; t = data.Tokenizer.train({WORDS!r} * 20, 320, {kind!r});"
             "print(hashlib.sha256(t.backend.to_str().encode()).hexdigest())")  # fmt: skip
     run = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                           env={**os.environ, "RAYON_NUM_THREADS": n, "PYTHONHASHSEED": n}).stdout for n in ("1", "3")]
@@ -268,6 +270,31 @@ def test_decode_stops_at_the_first_eos(tokenizer):
     assert tokenizer.decode([]) == tokenizer.decode([tokenizer.eos, *dog]) == ""
 
 
+def test_word_pieces(tmp_path):
+    """BERT's form. Captions of scenes come back whole, others as captions are written, as far as that can be known."""
+    texts = [data.clean_caption(text) for item in corpora.load("scenes", n_train=200).splits["train"]
+             for text in item.captions]  # fmt: skip
+    words = Tokenizer.train(texts, 1000, "wordpiece")
+    assert [words.backend.id_to_token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert (words.pad, words.bos, words.eos, words.mask) == (0, 2, 3, 4)
+    assert all(words.decode(words.encode(text)) == text for text in texts)
+    assert len(words.encode(texts[0])) == len(texts[0].split())  # it did learn
+    with pytest.raises(UserError, match="too small.* need 5[0-9]") as caught:
+        Tokenizer.train(texts, 30, "wordpiece")
+    least = int(str(caught.value).split()[-1])
+    letters = Tokenizer.train(texts, least, "wordpiece")
+    assert letters.vocab_size == least and letters.decode(letters.encode(texts[0])) == texts[0]
+    spoken = "it's a dog, isn't it? they'll see 3.5 t-shirts at 10:30, 2 of a man's"
+    written = Tokenizer.train([spoken, "[[SEP] <é> # mask"], 300, "wordpiece")
+    assert written.decode(written.encode(spoken.title())) == spoken
+    ids = written.encode("a [SEP] [MASK] é ∞")
+    assert not {0, 2, 3, 4} & set(ids) and ids[-1] == 1 and written.decode(ids) == "a [ sep ] [ mask ] e"
+    written.save(tmp_path)
+    for copy in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(written))):
+        assert (copy.bos, copy.eos, copy.pad, copy.mask) == (2, 3, 0, 4)
+        assert copy.encode("a [SEP] [MASK] é ∞") == ids and copy.decode(copy.encode(spoken)) == spoken
+
+
 def test_save_load_and_pickle_keep_everything(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t")
     copies = [Tokenizer.load(tmp_path / "t"), Tokenizer.from_pretrained(tmp_path / "t"),
@@ -278,6 +305,9 @@ def test_save_load_and_pickle_keep_everything(tokenizer, tmp_path):
         assert [copy.encode(text) for text in HARD_TEXTS] == [tokenizer.encode(text) for text in HARD_TEXTS]
     with pytest.raises(UserError, match="tokenizer.json"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "t" / "tokenizer_meta.json").write_text('{"bos": 7, "eos": 8, "pad": 9}')  # of an older run
+    old = Tokenizer.load(tmp_path / "t")
+    assert (old.bos, old.eos, old.pad, old.mask) == (7, 8, 9, tokenizer.mask) == (7, 8, 9, None)
 
 
 def test_gpt2_and_bert_folders(tokenizer, tmp_path):
@@ -306,11 +336,24 @@ def test_gpt2_and_bert_folders(tokenizer, tmp_path):
         Tokenizer.from_pretrained(roberta)
     bert = tmp_path / "bert"
     bert.mkdir()
-    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "cat"]))
+    tokens = [*data.BERT_TOKENS, "a", "dog", "##s", "cat", "'", "s", "[", "]", "sep", ","]
+    (bert / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    bare = Tokenizer.from_pretrained(bert)  # as Google handed it out
     (bert / "config.json").write_text('{"model_type": "bert"}')
-    found = Tokenizer.from_pretrained(bert)
-    assert (found.bos, found.eos, found.pad) == (2, 3, 0) and found.encode("A dogs") == [5, 6, 7]
-    assert found.decode([2, 5, 6, 7, 3, 8, 0]) == "a dogs"
+    configured = Tokenizer.from_pretrained(bert)
+    for file in bert.iterdir():
+        file.unlink()
+    configured.backend.save(str(bert / "tokenizer.json"))
+    for found in (bare, configured, Tokenizer.from_pretrained(bert)):
+        assert (found.bos, found.eos, found.pad, found.mask, found.vocab_size) == (2, 3, 0, 4, len(tokens))
+        assert found.encode("Á dogs") == [5, 6, 7] and found.encode("[SEP]") == [11, 13, 12]
+        assert found.decode([2, 5, 6, 7, 3, 8, 0]) == "a dogs"
+        assert found.decode(found.encode("a dog's, a cat")) == "a dog's, a cat"
+    (bert / "tokenizer.json").unlink()
+    for wrong, message in ((tokens[:4], r"no \[MASK\]"), ([*tokens, "dog"], "a line twice")):
+        (bert / "vocab.txt").write_text("\n".join(wrong))
+        with pytest.raises(UserError, match=f"vocab.txt has {message}"):
+            Tokenizer.from_pretrained(bert)
 
 
 def test_tokenizer_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
@@ -364,6 +407,14 @@ def test_samples_that_say_left_or_right_are_never_mirrored(tokenizer, tmp_path, 
     red = [pictures[epoch, 0]["pixels"][0].float() for epoch in range(40)]
     assert any(row[:, 0].mean() > row[:, -1].mean() for row in red) == mirrors
     assert len({row.sum().item() for row in red}) > 10  # cropped all the same
+
+
+@pytest.mark.parametrize("text, swapped", [
+    ("the LEFT dog", "the RIGHT dog"), ("Rightmost, left-hand", "Leftmost, right-hand"),
+    ("left of the right one", "right of the left one"), ("bright, upright, cleft", "bright, upright, cleft"),
+])  # fmt: skip
+def test_left_and_right_change_places(text, swapped):
+    assert data.swap_sides(text) == swapped and data.swap_sides(swapped) == text
 
 
 def test_evaluation_samples_are_as_written(tokenizer, tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 
 import corpora
 import data
+import regions
 import scenes
 from common import UserError
 from data import BadImage
@@ -367,9 +368,11 @@ def test_vcr(both):
             assert scenes.choose_answer(asked[i].question, asked[i].answers, one.images[0]) == labels[0]
             assert found.objects == one.objects == ("object",) * len(one.images[0].objects)
             assert same_picture(found.images[0], one.images[0])
-            assert np.abs(data.object_boxes(found, (SIZE, SIZE)) - data.object_boxes(one, (SIZE, SIZE))).max() < 1e-3
+            boxes, drawn_boxes = (regions.object_boxes(choice, (SIZE, SIZE)) for choice in (found, one))
+            assert np.abs(boxes - drawn_boxes).max() < 1e-3
             assert found.metadata == found.images[0].with_suffix(".json")
-    wide = [np.ptp(data.object_boxes(item, (SIZE, SIZE)).reshape(-1, 2, 2), axis=1) for item in read.splits["train"]]
+    boxes = [regions.object_boxes(item, (SIZE, SIZE)) for item in read.splits["train"]]
+    wide = [np.ptp(rows.reshape(-1, 2, 2), axis=1) for rows in boxes]
     assert 4 < np.concatenate(wide).mean() < SIZE / 2  # in pixels
 
 
@@ -396,7 +399,7 @@ def test_vcr_files_have_every_field(made):
 def test_npz_regions(made, layout):
     root = made(layout, "npz")
     read, drawn = corpora.load(export.LAYOUTS[layout][1], root), drawn_like(layout)
-    source, scene_source = corpora.NpzRegions(root / "regions", n_classes=0), corpora.SceneRegions(SIZE)
+    source, scene_source = regions.NpzRegions(root / "regions", n_classes=0), regions.SceneRegions(SIZE)
     of_scenes = {"nocaps": {"server_test": "val"}, "vqa": {"train": "train", "val": "val"},
                  "vcr": {"train": "train", "server_test": "test"}}.get(layout, LABELLED)  # fmt: skip
     for split, name in of_scenes.items():
@@ -406,7 +409,7 @@ def test_npz_regions(made, layout):
             if layout == "vcr":
                 objects = source.of_objects(item)
                 assert same_regions(objects, found.first(len(item.objects)))
-                assert np.abs(objects.boxes - data.object_boxes(item, (SIZE, SIZE))).max() < 1e-3
+                assert np.abs(objects.boxes - regions.object_boxes(item, (SIZE, SIZE))).max() < 1e-3
     file = next((root / "regions").iterdir())
     with np.load(file) as arrays:
         assert set(arrays) == {"features", "cls_prob", "boxes", "image_h", "image_w", "num_boxes", "image_id"}
@@ -426,14 +429,14 @@ def same_regions(found, other, classes=True):
 def test_tsv_regions(made, layout):
     root, drawn = made(layout, "tsv"), drawn_like(layout)
     read = corpora.load(layout, root)
-    source = corpora.TsvRegions(sorted((root / "regions").glob("*.tsv")))
+    source = regions.TsvRegions(sorted((root / "regions").glob("*.tsv")))
     assert len(source.files) == {"coco": 2, "vqa": 3}[layout]
     number = 0
     for split in ("train", "val"):
         for item, one in zip(read.splits[split], drawn.splits[split], strict=True):
             found = source(data.ids_of(item)[0], data.files_of(item)[0])
             assert found.classes is None
-            assert same_regions(found, corpora.SceneRegions(SIZE)(0, data.files_of(one)[0]), classes=False)
+            assert same_regions(found, regions.SceneRegions(SIZE)(0, data.files_of(one)[0]), classes=False)
             number += 1
     csv.field_size_limit(sys.maxsize)
     with open(source.files[1 if layout == "vqa" else 0]) as table:  # sorted: test2015 comes first
@@ -449,12 +452,12 @@ def test_region_files_of_pictures_that_are_not_square(tmp_path):
     found = data.Regions(rng.random((2, 6), np.float32), boxes, (40, 20), np.full((2, 4), 0.25, np.float32))
     export.write_npz(tmp_path / "7.npz", 7, found)
     (tmp_path / "x.tsv").write_bytes(export.tsv_line(6, found.first(1)) + export.tsv_line(7, found))
-    assert same_regions(corpora.NpzRegions(tmp_path)(7, "x.jpg"), found)
-    assert same_regions(corpora.TsvRegions([tmp_path / "x.tsv"])(7, "x.jpg"), found, classes=False)
+    assert same_regions(regions.NpzRegions(tmp_path)(7, "x.jpg"), found)
+    assert same_regions(regions.TsvRegions([tmp_path / "x.tsv"])(7, "x.jpg"), found, classes=False)
     assert (tmp_path / "x.tsv").read_bytes().split(b"\n")[1].split(b"\t")[:4] == [b"7", b"40", b"20", b"2"]
     assert found.locations() == pytest.approx(np.array([[0, 0.05, 0.975, 0.45, 0.39], [0.2, 0.15, 0.5, 1, 0.255]]))
     with pytest.raises(BadImage, match="image 8"):
-        corpora.TsvRegions([tmp_path / "x.tsv"])(8, "x.jpg")
+        regions.TsvRegions([tmp_path / "x.tsv"])(8, "x.jpg")
 
 
 # Batches
@@ -497,7 +500,7 @@ def test_batches_of_pairs(both, layout):
         shown = np.stack([pixels(scene).transpose(2, 0, 1) for scene in drawn.splits["test"][1].images])
         assert np.array_equal(batches[0]["pixels"][1].numpy(), shown)
     assert batches[0]["ids"].shape[0] == 4 and "targets" not in batches[0]
-    source = corpora.SceneRegions(SIZE)
+    source = regions.SceneRegions(SIZE)
     with pytest.raises(UserError, match="--regions"):
         next(iter(data.eval_loader(data.Examples(drawn.splits["test"], samples.tokenizer, 8, regions=source), 2)))
 
@@ -518,7 +521,7 @@ def test_batches_of_choices(made, task):
     root = made("vcr", "npz")
     read, drawn = corpora.load("vcr", root), drawn_like("vcr")
     words = tokenizer_of(read)
-    source = corpora.NpzRegions(root / "regions")
+    source = regions.NpzRegions(root / "regions")
     loader = data.eval_loader(data.Choices(read.splits["val"], words, SIZE, task=task, regions=source), 4)
     batch, asked = next(iter(loader)), list(drawn.splits["val"].made)
     T = batch["ids"].shape[1]
@@ -562,9 +565,9 @@ def test_grid_regions_of_the_files(both):
     """The grid reads any file; its crops of VCR's objects are where the metadata says."""
     read, drawn = both("vcr")
     item, one = read.splits["train"][0], drawn.splits["train"][0]
-    assert data.GridRegions()(item.image_ids[0], item.images[0]).features.shape == (16, 768)
-    crops = data.GridRegions().of_objects(item)
-    clean = corpora.SceneRegions(SIZE).of_objects(one)
+    assert regions.GridRegions()(item.image_ids[0], item.images[0]).features.shape == (16, 768)
+    crops = regions.GridRegions().of_objects(item)
+    clean = regions.SceneRegions(SIZE).of_objects(one)
     assert crops.features.shape == clean.features.shape and np.abs(crops.features - clean.features).mean() < 0.05
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import decoding
-import eval as scoring
 import vcgpt
 
 TOLERANCE = 2e-4  # of the reference, float32

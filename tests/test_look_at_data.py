@@ -447,6 +447,14 @@ def test_regions_of_objects(tmp_path, look):
     region_file(tmp_path / "regions_boxes" / "val-i1.npz", n=3)
     status, out = look("check", "vcr", "--root", tmp_path)
     assert status == 1 and has(out, "broken 1, first:", "regions_boxes, image val-i1: 3 regions for 2 objects")
+    region_file(tmp_path / "regions_boxes" / "val-i1.npz", n=2)
+    for name in ("train", "val", "test"):
+        for i in range(3):
+            region_file(tmp_path / "regions_mirrored" / f"{name}-i{i}.npz", n=9)
+            region_file(tmp_path / "regions_boxes_mirrored" / f"{name}-i{i}.npz", n=3)  # of the other folders' number
+    status, out = look("check", "vcr", "--root", tmp_path)
+    assert status == 1 and has(out, "/regions_mirrored: region files of 9 of 9", "mean 9.0", "broken 6, first:",
+                               "regions_boxes_mirrored, image train-i0: 3 regions for 1 objects")  # fmt: skip
 
 
 # Own data, scenes

@@ -372,6 +372,23 @@ def test_an_error_in_the_middle_leaves_whole_files(six, weights, tmp_path, monke
     assert "6 of 6 pictures there already" in capsys.readouterr().out
 
 
+def test_mirrored_pictures_have_a_folder_of_their_own(six, weights, tmp_path, capsys, monkeypatch):
+    """The detector is shown flipped pixels; a run is resumed, and never mixed with one of plain pictures."""
+    shown, resized = [], regions.resized  # a detector of random weights says nearly the same of every picture
+    monkeypatch.setattr(regions, "resized", lambda model, x, device: shown.append(x) or resized(model, x, device))
+    regions.main([six, "--weights", weights, *QUICK, "--mirrored"])
+    for name, pixels in zip(SIX, shown, strict=True):
+        with Image.open(tmp_path / name) as picture:
+            assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(picture)[:, ::-1]), name
+    assert list(npz(tmp_path / "regions_mirrored")) == sorted(name + ".npz" for name in SIX)
+    assert not (tmp_path / "regions").exists()
+    capsys.readouterr()
+    regions.main([six, "--weights", weights, *QUICK, "--mirrored"])
+    assert "6 of 6 pictures there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mirrored True there, None now"):
+        regions.main([six, "--weights", weights, *QUICK, "--out", str(tmp_path / "regions_mirrored")])
+
+
 def test_left_overs_of_a_killed_run_go(six, weights, tmp_path):
     out = tmp_path / "regions"
     for name in ("a.png.npz.1of1.tmp", "sub/d.png.npz.2of8.tmp", "mine.tmp"):
@@ -574,6 +591,10 @@ def test_given_boxes(six, weights, tmp_path, monkeypatch, model):
     torch.testing.assert_close(again[2], distribution[:7], atol=1e-5, rtol=1e-4)
     settings = json.loads((tmp_path / "regions_boxes" / "extraction.json").read_text())
     assert settings["boxes"] == "given" and "threshold" not in settings
+    with pytest.raises(SystemExit):
+        regions.main(["vcr", "--root", str(tmp_path), "--weights", weights, *QUICK, "--ground-truth", "--mirrored"])
+    seen = npz(tmp_path / "regions_boxes_mirrored")["a.png.npz"]["boxes"]
+    np.testing.assert_allclose(seen, [[6, 10, 46, 60], [66, 0, 96, 30], [0, 20, 96, 64]], atol=1e-4)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -608,6 +629,7 @@ def test_folders(tmp_path):
     assert folder("of/mine.jsonl") == Path("of/regions") and folder("mine.csv") == Path("regions")
     assert folder(str(tmp_path)) == tmp_path / "regions"  # with captions.txt in it
     assert folder("coco", ground_truth=True) == Path("data/coco/regions_boxes")
+    assert folder("coco", ground_truth=True, mirrored=True) == Path("data/coco/regions_boxes_mirrored")
 
 
 def test_help_imports_no_torchvision():

@@ -192,7 +192,6 @@ def test_overfits_eight_pictures_and_reads_their_captions_back(variant):
 @torch.no_grad()
 def test_cached_decoding_is_uncached_decoding(variant):
     import decoding
-import eval as scoring
 
     model, (pixels, _) = network(variant, init_std=0.4), inputs(B=3)
     found = []

@@ -23,9 +23,9 @@ SHOWN = ("BLEU_4", "caption_true")  # on val, beside the metric that `best` is c
 class Exam:
     """A model that retrieves and captions (pretrain), retrieves, captions, or answers, as its task says.
 
-    samples(items, **more) -> data.Samples of an evaluation. The model has, as far as its task asks, these functions of a
-    batch of them: caption_batch(batch, beam) -> B captions; encode_images(batch) and encode_texts(texts) -> vectors whose
-    dot product is the score; answer_scores(batch) -> scores of the answers.
+    samples(items, **more) -> data.Samples of an evaluation. The model has, as far as its task asks, these functions of
+    a batch of them: caption_batch(batch, beam) -> B captions; encode_images(batch) and encode_texts(texts) -> vectors
+    whose dot product is the score; answer_scores(batch) -> scores of the answers.
     """
 
     task: str
@@ -98,7 +98,8 @@ class Exam:
         splits, columns = {}, {}
         if self.task in MATCHES:
             sheet = "ranking.png" if self.task in TELLS else "samples.png"
-            splits, columns = scoring.evaluate_retrieval(self.corpus, self.gallery, folder, is_main, n_texts, sheet=sheet)
+            splits, columns = scoring.evaluate_retrieval(self.corpus, self.gallery, folder, is_main, n_texts,
+                                                         sheet=sheet)  # fmt: skip
         if self.task in TELLS:
             found = scoring.evaluate_captions(self.corpus, lambda items: self.captions(items, beam), folder, is_main,
                                               official)  # fmt: skip

@@ -1,21 +1,29 @@
 """What a run of any model file says and draws when it is over."""
 
+import shlex
 import time
 from pathlib import Path
 
 import common
+from tools import judge
 
 QUIET = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}  # of the log: not drawn
+SHOWS = {"retrieval": "with the texts they were ranked for",
+         **dict.fromkeys(("vqa", "nlvr2", "ve", "vcr"), "with answers")}  # fmt: skip
+NEXT = {"retrieval": "--score PICTURE TEXT --init", "vqa": "--ask PICTURE QUESTION --init",
+        **dict.fromkeys(("nlvr2", "ve", "vcr"), "--eval-only")}  # fmt: skip
 
 
-def tell(columns: dict, run: common.Run, started: float, remark: str, pictures: str, go_on: str) -> None:
+def tell(columns: dict, run: common.Run, task: str, started: float, program: str) -> None:
     """The table, one sentence about it, the files with what the pictures show, and the command that may follow."""
     print(f"\n{common.table(columns)}\n")
-    if remark:
-        print(f"{remark}\n")
-    print(f"{run.path / 'samples.png'}: {pictures}\n{run.path / 'metrics.json'}: this table")
-    print(curves(run.path / "curves.png", run.path / "log.jsonl"))
-    print(f"go on: {go_on}\n{time.perf_counter() - started:.0f} seconds in all")
+    seen = [columns.get(name, {}) for name in ("test", "test, shuffled")]
+    if all("caption_true" in column for column in seen):
+        print(f"{judge.how_it_sees(*seen)}\n")
+    print(f"{run.path / 'samples.png'}: test pictures {SHOWS.get(task, 'with captions')}")
+    print(f"{run.path / 'metrics.json'}: this table\n{curves(run.path / 'curves.png', run.path / 'log.jsonl')}")
+    print(f"go on: python {program} {NEXT.get(task, '--caption PICTURE --init')} {shlex.quote(str(run.path))}")
+    print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 
 def curves(path: Path, log: Path) -> str:

@@ -1,0 +1,139 @@
+"""Weights that other people trained: reading their files, and filling a network of ours from them, every key accounted
+for. Nothing here knows a model; each brings a table of names.
+
+Reading map: reading | names | filling.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+import corpora
+import data
+from common import UserError, read_tensors
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_weights(source: str) -> tuple[dict, dict]:
+    """(config.json, state dict) of a transformers checkpoint: a local directory or a hub id.
+
+    Reads model.safetensors, else pytorch_model.bin with weights_only, so that a file can never run code.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            folder = Path(hf_hub_download(source, "config.json")).parent
+            try:
+                hf_hub_download(source, "model.safetensors")
+            except Exception:  # many older repositories hold only the pickle
+                hf_hub_download(source, "pytorch_model.bin")
+        except Exception as error:
+            raise UserError(
+                f"cannot fetch {source} from the hub ({type(error).__name__}). Give a local directory that holds "
+                "config.json and model.safetensors, or `none` to start from random weights"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: give a directory as transformers' save_pretrained writes it")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return config, read_tensors(folder / name)
+    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin (shards are not read: merge them)")
+
+
+def choose_tokenizer(cfg, official: str, checkpoint, corpus, kind: str, is_fixed: bool) -> data.Tokenizer:
+    """A run's own; that of cfg.tokenizer or of the official weights; or one of `kind` trained on the corpus.
+
+    cfg.vocab_size is fixed where weights bring it; otherwise it becomes the tokenizer's.
+    """
+    if checkpoint:
+        tokenizer = data.Tokenizer.load(checkpoint)
+    elif cfg.tokenizer != "none" or official != "none":
+        tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else official)
+    else:
+        tokenizer = data.Tokenizer.train(corpora.texts(corpus, cfg.world), cfg.vocab_size, kind)
+    if not is_fixed and not checkpoint:
+        cfg.vocab_size = tokenizer.vocab_size
+    elif tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the word embedding {cfg.vocab_size}")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def module_names(table, depth) -> dict[str, list[str]]:
+    """A table of names, layer by layer -> {our module: the modules of theirs that it holds, to be concatenated}.
+
+    table: rows of (our prefix, their prefix, {the rest of our name: the rest of theirs, or a tuple}), with {} where the
+    number of a layer stands; depth: our prefix -> how many layers.
+    """
+    modules = {}
+    for ours, theirs, inside in table:
+        for i in range(depth(ours) if "{}" in ours else 1):
+            for mine, names in inside.items():
+                names = (names,) if isinstance(names, str) else names
+                modules[ours.format(i) + mine] = [theirs.format(i) + name for name in names]
+    return modules
+
+
+def tensor_names(model, modules: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Our name of each tensor in these modules -> their names, to be concatenated."""
+    of = {name: name.rsplit(".", 1) for name in model.state_dict()}
+    return {name: [f"{theirs}.{tensor}" for theirs in modules[module]] for name, (module, tensor) in of.items()
+            if module in modules}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filling
+
+
+def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], what: str, may_lack=()) -> None:
+    """Fill `module` from official `state`: names maps our key -> their key, or a list of keys to concatenate.
+
+    Every key must be used once, or start with an entry of `not_used`; every parameter of ours must be filled, save
+    those whose name contains an entry of `may_lack`. Otherwise UserError with the lists, and nothing is changed.
+    """
+    wanted = [key for theirs in names.values() for key in ([theirs] if isinstance(theirs, str) else theirs)]
+    ours = module.state_dict()
+    missing = [key for key in wanted if key not in state]
+    left_over = [key for key in state if key not in set(wanted) and not key.startswith(not_used)]
+    unfilled = [key for key in ours if key not in names and not any(part in key for part in may_lack)]
+    if missing or left_over or unfilled:
+        lists = [("missing in the file", missing), ("unknown in the file", left_over), ("not filled here", unfilled)]
+        told = "; ".join(f"{title}: {', '.join(keys[:5])} ({len(keys)} in all)" for title, keys in lists if keys)
+        raise UserError(f"these weights are not {what} of this size and form. {told}")
+    new = {k: state[t] if isinstance(t, str) else torch.cat([state[x] for x in t]) for k, t in names.items()}
+    wrong = [
+        f"{k}: {tuple(new[k].shape)} in the file, {tuple(ours[k].shape)} here"
+        for k in new
+        if new[k].shape != ours[k].shape
+    ]
+    if wrong:
+        raise UserError(f"{what} weights of other sizes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+    module.load_state_dict(new, strict=not may_lack)
+
+
+def load_parts(model, state: dict, names: dict, not_used: tuple[str, ...], what: str) -> str:
+    """As load_renamed, but a part (a child of `model`) of which `state` has nothing keeps its first weights.
+
+    A part that is there must be whole. Returns a sentence on which parts the file has, which are new, what is left.
+    """
+    lists = {ours: [theirs] if isinstance(theirs, str) else theirs for ours, theirs in names.items()}
+    there = {ours.split(".")[0] for ours, theirs in lists.items() if theirs[0] in state}
+    fresh = [name for name, part in model.named_children() if name not in there and part.state_dict()]
+    if not there:
+        raise UserError(f"{what} has nothing for this model; its first keys are {', '.join(list(state)[:3])}")
+    kept = {ours: theirs for ours, theirs in names.items() if ours.split(".")[0] in there}
+    load_renamed(model, state, kept, not_used, what, may_lack=tuple(f"{name}." for name in fresh))
+    left = {key.split(".")[0] for key in state} - {key.split(".")[0] for ours in kept for key in lists[ours]}
+    told = (("has", sorted(there)), ("new here", fresh), ("not used", sorted(left)))
+    return f"{what}: " + "; ".join(f"{title} {', '.join(parts)}" for title, parts in told if parts)
