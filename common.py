@@ -227,9 +227,10 @@ def allow(given: dict, allowed: list[str], command: str) -> None:
         raise UserError(f"{flags[0]} has no meaning with {command}, which takes {', '.join(flags[1:])}")
 
 
-def configure(config_class, given: dict, model_name: str, presets: dict, recipes: dict, sizes: list[str]):
+def configure(config_class, given: dict, model_name: str, presets, recipes, sizes: list[str], takes_files=False):
     """Flags -> (config, checkpoint to start from or None). --resume: all settings are the run's, but for RESUME_FLAGS.
-    --init: weights and `sizes` are the run's. Neither: see build_config."""
+    --init: weights and `sizes` are the run's; with `takes_files` a file of official weights is left to the model.
+    Neither: see build_config."""
     if given.get("resume"):
         allow(given, RESUME_FLAGS, "--resume")
         checkpoint, values = find_checkpoint(given["resume"], model_name, prefer="last")
@@ -237,7 +238,7 @@ def configure(config_class, given: dict, model_name: str, presets: dict, recipes
             raise UserError(f"the run is of {values['data']}: --resume takes the same data at another place; for other "
                             f"data start a run with --init {given['resume']}")  # fmt: skip
         return config_from(config_class, {**values, **given}), checkpoint
-    if given.get("init", "none") == "none":
+    if given.get("init", "none") == "none" or (takes_files and Path(given["init"]).is_file()):
         return build_config(config_class, given, presets, recipes), None
     checkpoint, values = find_checkpoint(given["init"], model_name)
     kept = {name: values[name] for name in sizes if name in values}

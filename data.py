@@ -980,6 +980,12 @@ class Loader:
                 )
 
 
+def tell_of_bad(loaders: list[Loader]) -> None:
+    """At the end of a training: how many pictures were skipped."""
+    if loaders[0].rank == 0 and (bad := sum(len(loader.bad) for loader in loaders)):
+        print(f"{bad} training pictures could not be read and were skipped")
+
+
 def train_loader(dataset: Samples, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
                  start_step: int = 0, steps: int | None = None, pin: bool = False) -> Loader:
     """Training batches of one process; `batch_images` counts the images of all processes. See TrainBatches."""

@@ -19,9 +19,8 @@ words that the network itself gave for the masks stand where the masks were ("sc
 
 Reading map: config, presets, recipes | blocks | model | corruption: from a loader's batch to what pre-training reads |
 losses | step: the two passes | heads of the downstream tasks | decoding | official weights | training | evaluation |
-main. Marks: `# PAPER` what the paper says,
-`# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what we do and why: the id is a row of
-docs/divergences.md.
+main. Marks: `# PAPER` what the paper says, `# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what
+we do and why: the id is a row of docs/divergences.md.
 """
 
 from __future__ import annotations
@@ -115,14 +114,12 @@ PRESETS = {
     # HERE[tden-9] (not in the paper): tiny learns the small world from nothing in three minutes on 2 cores
     "tiny": dict(
         width=128, heads=4, mlp=256, object_layers=1, sentence_layers=1, cross_layers=1, positions=64, pooled=128,
-        vocab_size=1000, dropout=0.0, init_std=0.08, batch=96, steps=600, lr=1e-3, max_len=30, max_new=30, beam=2,
-        grad_clip=1.0,
-    ),
+        vocab_size=1000, dropout=0.0, init_std=0.08, hardest=False, batch=96, steps=600, lr=1e-3, grad_clip=1.0,
+        max_len=30, max_new=30),
     # HERE[tden-9] (not in the paper): small learns from a few thousand photographs, from nothing
     "small": dict(
         width=192, heads=6, mlp=768, object_layers=2, sentence_layers=2, cross_layers=2, positions=128, pooled=256,
-        vocab_size=3000, init_std=0.05, batch=96, epochs=20.0, lr=7e-4, beam=3, grad_clip=1.0,
-    ),
+        vocab_size=3000, init_std=0.05, hardest=False, batch=96, epochs=20.0, lr=7e-4, grad_clip=1.0, beam=3),
     "base": dict(bert="bert-base-uncased"),
 }  # fmt: skip
 
@@ -319,8 +316,7 @@ class TDEN(nn.Module, ask.Verbs):
         self.tokens, self.region_embedding = TokenEmbedding(cfg), RegionEmbedding(cfg)
         self.object_encoder = nn.ModuleList(EncoderBlock(*sizes) for _ in range(cfg.object_layers))
         self.sentence_encoder = nn.ModuleList(EncoderBlock(*sizes) for _ in range(cfg.sentence_layers))
-        understands = cfg.task in ("pretrain", "vqa", "vcr") or not cfg.decoupled
-        if cfg.task != "retrieval" and understands:
+        if cfg.task in ("pretrain", "vqa", "vcr") or (cfg.task != "retrieval" and not cfg.decoupled):
             self.cross_encoder = nn.ModuleList(UnderstandingBlock(*sizes) for _ in range(cross_depth(cfg)))
         if cfg.task not in ("retrieval", "vcr") and cfg.decoupled:
             self.cross_decoder = nn.ModuleList(GenerationBlock(*sizes) for _ in range(cfg.cross_layers))
@@ -344,7 +340,6 @@ class TDEN(nn.Module, ask.Verbs):
                 nn.init.zeros_(module.bias)
 
     # --- the two encoders
-
     def see(self, batch) -> list:
         """features [B, N, D_in], locations [B, N, 5], region_keep_mask [B, N] -> [B, N, D] after each object layer."""
         v, states = self.region_embedding(batch["features"], batch["locations"]), []
@@ -365,7 +360,6 @@ class TDEN(nn.Module, ask.Verbs):
         return self.training and probability > 0 and bool(torch.rand(()) < probability)
 
     # --- the cross-modal encoder and decoder
-
     def understand(self, v, t, keep_mask) -> tuple[list, torch.Tensor]:
         """Regions [R, N, D], words [R, T, D] -> regions after each layer, words after the last."""
         states = []
@@ -390,8 +384,7 @@ class TDEN(nn.Module, ask.Verbs):
         return g
 
     def generate_shared(self, g, v, keep_mask, region_keep_mask):
-        """The ablation: the cross-modal encoder under a sequence-to-sequence mask. Regions see regions, words see all
-        regions and the words before them."""
+        """The ablation: the cross-modal encoder, where regions see regions, words all regions and the words before."""
         (R, T), N, k = g.shape[:2], v.size(1), len(g) // len(v)
         v, seen = v.repeat_interleave(k, 0), region_keep_mask.repeat_interleave(k, 0)[:, None, None]  # [R, 1, 1, N]
         keep = torch.zeros(R, 1, N + T, N + T, dtype=torch.bool, device=g.device)
@@ -402,7 +395,6 @@ class TDEN(nn.Module, ask.Verbs):
         return g
 
     # --- what each task asks; called through forward, so that DistributedDataParallel sees it
-
     def forward(self, batch: dict) -> dict:
         if self.cfg.task == "pretrain":
             return self.pretrain(batch)
@@ -465,7 +457,6 @@ class TDEN(nn.Module, ask.Verbs):
         return self.answer_head(v_states, u, g, seen, keep)
 
     # --- what tools/exam.py and the verbs ask; batches are a loader's
-
     @torch.no_grad()
     def caption_batch(self, batch: dict, beam=1) -> list[str]:
         """B pictures -> B captions: greedy (beam 1) or beam search."""
@@ -502,8 +493,8 @@ class TDEN(nn.Module, ask.Verbs):
 
 
 def cross_depth(cfg: Config) -> int:
-    """Layers of the cross-modal encoder. Where it must do the decoder's work too, it gets the decoder's parameters:
-    with inner width F an understanding block has 4 DD + 4 DF of them, a generation block 8 DD + 2 DF."""
+    """Layers of the cross-modal encoder. Where it does the decoder's work too, it gets the decoder's parameters: with
+    inner width F an understanding block has 4 DD + 4 DF of them, a generation block 8 DD + 2 DF."""
     D, inner = cfg.width, cfg.mlp or 4 * cfg.width
     extra = 0 if cfg.decoupled else cfg.cross_layers * (8 * D + 2 * inner) / (4 * D + 4 * inner)
     return cfg.cross_layers + round(extra)
@@ -567,9 +558,7 @@ def loss_msg(logits, labels):
 def loss_moc(logits, target_probs):
     """Masked object classification. logits [M, C] at the masked regions, target_probs [M, C] the detector's.
     L = 1/M sum_m KL(target_m || softmax(logits_m)), summed over classes."""
-    if not len(logits):
-        return logits.float().sum()
-    return F.kl_div(logits.float().log_softmax(-1), target_probs, reduction="batchmean")
+    return F.kl_div(logits.float().log_softmax(-1), target_probs, reduction="sum") / max(1, len(logits))
 
 
 def loss_ism(text, image, image_ids, margin=0.2, hardest=True):
@@ -653,9 +642,9 @@ def counts(task: str, rows: dict) -> dict:
         found = {"mlm": (rows["mlm_labels"] != NOTHING).sum(), "msg": (rows["msg_labels"] != NOTHING).sum()}
         found |= {"moc": rows["region_is_masked"].sum()} if "moc_targets" in rows else {}
         return found | ({"ism": len(rows["u_ids"])} if "image_ids" in rows else {})
-    if task in ("caption", "scst"):
-        return {task: (rows["targets"] != NOTHING).sum()}
-    return dict.fromkeys({"retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice"]}[task], len(rows["features"]))
+    if task in QUESTION_TASKS or task == "retrieval":
+        return dict.fromkeys({"retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice"]}[task], len(rows["features"]))
+    return {task: (rows["targets"] != NOTHING).sum()}
 
 
 def losses(cfg: Config, out: dict, rows: dict) -> dict:
@@ -815,11 +804,11 @@ def official_sizes(state: dict) -> dict:
         return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
 
     if "token_embed.embeddings.weight" not in state:
-        raise UserError(f"no checkpoint of xmodaler's TDEN; its first keys are {', '.join(list(state)[:3])}")
+        raise UserError(f"no checkpoint of xmodaler's TDEN; its first keys are {', '.join(map(str, list(state)[:3]))}")
     sizes = {name: state[f"{key}.weight"].size(dim) for name, (key, dim) in SHAPES.items() if f"{key}.weight" in state}
-    layers = {"sentence_layers": depth("encoder.layers."), "object_layers": depth("encoder.v_layers."),
-              "cross_layers": max(depth("decoder.u_layers."), depth("decoder.g_layers."))}  # fmt: skip
-    sizes |= {name: n for name, n in layers.items() if n}
+    sizes |= {"sentence_layers": depth("encoder.layers."), "object_layers": depth("encoder.v_layers.")}
+    if layers := max(depth("decoder.u_layers."), depth("decoder.g_layers.")):
+        sizes["cross_layers"] = layers
     return sizes | {"heads": max(1, sizes["width"] // 64), "decoder_memory": "understanding"}
 
 
@@ -830,6 +819,8 @@ def load_official(model: TDEN, state: dict) -> str:
     return weights.load_parts(model, state, official_names(model), not_used, "xmodaler's TDEN")
 
 
+BERT_SIZES = dict(vocab_size="vocab_size", width="hidden_size", heads="num_attention_heads", mlp="intermediate_size",
+                  sentence_layers="num_hidden_layers", positions="max_position_embeddings")  # fmt: skip
 BERT_NAMES = {  # what xmodaler's names begin with -> what BERT's do
     "encoder.layers.": "encoder.layer.", "token_embed.embeddings_pos.": "embeddings.", "predictor.": "cls.predictions.",
     "token_embed.embeddings_norm": "embeddings.LayerNorm", "token_embed.embeddings_token": "embeddings.token",
@@ -879,9 +870,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
                             f"{cfg.feature_dim}: extract bottom-up attention's, or train without --init")  # fmt: skip
     elif not checkpoint and cfg.bert != "none":
         bert = weights.read_weights(cfg.bert)
-        names = dict(vocab_size="vocab_size", width="hidden_size", heads="num_attention_heads", mlp="intermediate_size",
-                     sentence_layers="num_hidden_layers", positions="max_position_embeddings")  # fmt: skip
-        sizes = {ours: bert[0][theirs] for ours, theirs in names.items() if theirs in bert[0]}
+        sizes = {ours: bert[0][theirs] for ours, theirs in BERT_SIZES.items() if theirs in bert[0]}
     for name, value in sizes.items():
         setattr(cfg, name, value)
     check(cfg)
@@ -901,8 +890,8 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
         told = load_official(model, official)
     elif bert:
         told = load_bert(model, bert[1])
-    if corpus and told:
-        corpus.notes.append(told)
+    if corpus:
+        corpus.answers, corpus.notes = answers, corpus.notes + [told] * bool(told)
     return model
 
 
@@ -921,16 +910,14 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
     """The loop. `checkpoint`: go on from its step with its optimizer; all that is random follows from seed and step."""
     model.to(machine.device)
     optimizer = common.adamw(model, lambda name: cfg.lr, cfg.weight_decay, (0.9, cfg.beta2), all_matrices=True)
-    is_scst, cider, train_items = cfg.task == "scst", None, corpus.splits["train"]
     start, best, is_due = run.go_on(checkpoint, optimizer)
-    if is_scst:
-        cider = scoring.CiderReward({item.image_id: item.captions for item in train_items})
+    is_scst, train_items = cfg.task == "scst", corpus.splits["train"]
+    cider = scoring.CiderReward({item.image_id: item.captions for item in train_items}) if is_scst else None
     sets = [samples_of(cfg, model, corpus, train_items, task, train=True)
             for task in (("qa", "qar") if cfg.task == "vcr" else ("",))]  # fmt: skip
     loaders = [data.train_loader(one, cfg.batch // cfg.captions_per_image, machine.workers, machine.rank,
                                  machine.processes, one.seed, start, cfg.steps, pin=machine.device.type == "cuda")
                for one in sets]  # fmt: skip
-    batches = [iter(loader) for loader in loaders]
     turns = {"pretrain": ["", "_2"][: cfg.passes], "vcr": ["_qa", "_qar"]}.get(cfg.task, [""])  # what an iteration does
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
     asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
@@ -940,8 +927,7 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
     if is_due:  # saved, but stopped before its evaluation was over
         best = asked.validate(cfg, run, log, start, best)
     with common.StopRequest() as stop, contextlib.ExitStack() as ending:
-        for stream in batches:
-            ending.callback(stream.close)
+        batches = [ending.enter_context(contextlib.closing(iter(loader))) for loader in loaders]
         for step in range(start, cfg.steps):
             model.train(not is_scst)  # HERE[tden-10]: no dropout in scst, so that log p is the sampler's own
             seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
@@ -1004,8 +990,7 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
         if any(common.sum_over_processes([stop.signum > 0], machine.device)):  # heard in the last step
             raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
     log.close()
-    if machine.is_main and (bad := sum(len(loader.bad) for loader in loaders)):
-        print(f"{bad} training pictures could not be read and were skipped")
+    data.tell_of_bad(loaders)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1068,7 +1053,6 @@ def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
     """--eval-only, for one of its runs."""
     started, corpus = time.perf_counter(), load_data(cfg)
     model = build(cfg, corpus, checkpoint).to(machine.device)
-    corpus.answers = model.answers
     return final_evaluation(cfg, model, checkpoint, corpus, machine, folder, started)
 
 
@@ -1079,9 +1063,7 @@ def main(argv: list[str] | None = None) -> None:
         return ask.answer_commands(command, given, TDEN, "tden", DECODING, check)
     if command.eval_only is not None:
         return compare.evaluate_runs(command.eval_only, given, "tden", Config, DECODING, check, evaluate_run)
-    official = given.pop("init") if Path(given.get("init", "none")).is_file() else "none"
-    cfg, checkpoint = common.configure(Config, given, "tden", PRESETS, RECIPES, SIZES)
-    cfg.init = official if official != "none" else cfg.init
+    cfg, checkpoint = common.configure(Config, given, "tden", PRESETS, RECIPES, SIZES, takes_files=True)
     cfg.captions_per_image = 1 if cfg.task in QUESTION_TASKS else cfg.captions_per_image
     check(cfg)
     if cfg.task == "scst" and cfg.init == "none" and not cfg.resume:
@@ -1090,12 +1072,11 @@ def main(argv: list[str] | None = None) -> None:
     corpus = load_data(cfg)
     if "train" not in corpus.splits:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
-    pictures, k = cfg.batch // cfg.captions_per_image, cfg.captions_per_image
+    k, pictures = cfg.captions_per_image, cfg.batch // cfg.captions_per_image
     if pictures < machine.processes * (2 if cfg.task in ("pretrain", "retrieval") else 1):
         raise UserError(f"--batch {cfg.batch} is too small for {machine.processes} process(es): ISM needs two pictures "
                         "in each, the other tasks one")  # fmt: skip
     model = build(cfg, corpus, checkpoint)
-    corpus.answers = model.answers
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
     run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("tden", cfg, machine)

@@ -778,8 +778,7 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
         if any(common.sum_over_processes([stop.signum > 0], machine.device)):  # heard in the last step
             raise common.stopped(run, machine, stop.signum or signal.SIGTERM)
     log.close()
-    if loader.bad and machine.is_main:
-        print(f"{len(loader.bad)} training pictures could not be read and were skipped")
+    data.tell_of_bad([loader])
 
 
 def flops_per_pair(cfg: Config, model: VCGPT) -> float:
