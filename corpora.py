@@ -165,7 +165,8 @@ def texts(corpus: Corpus, world: str = "tiny", most: int = 20_000):
     that, but of all tasks, so that a fine-tuned model knows its words, as it would with BERT's vocabulary."""
     samples = [corpus.splits["train"][: most if corpus.name != "scenes" else most // 10]]
     if corpus.name == "scenes":
-        samples += [load_scenes(world, 1000, task=task).splits["train"] for task in ("caption", "vqa", "vcr")]
+        n = min(1000, len(corpus.splits["train"]))
+        samples += [load_scenes(world, n, task=task).splits["train"] for task in ("caption", "vqa", "vcr")]
     for items in samples:
         for item in items:
             said = getattr(item, "captions", None) or (getattr(item, "text", ""),)

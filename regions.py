@@ -292,8 +292,11 @@ def attach(corpus, cfg) -> None:
     if cfg.feature_dim not in (0, numbers):
         raise UserError(f"regions of {numbers} numbers, where the model reads {cfg.feature_dim}: take the regions that "
                         "it was trained on, or train a new one")  # fmt: skip
-    cfg.feature_dim = numbers
-    cfg.region_classes = cfg.region_classes or (0 if found.classes is None else found.classes.shape[1])
+    classes = 0 if found.classes is None else found.classes.shape[1]
+    if cfg.task == "pretrain" and classes and cfg.region_classes not in (0, classes):
+        raise UserError(f"regions of {classes} classes, where the model knows {cfg.region_classes}: take regions of "
+                        "the same detector, or train a new model")  # fmt: skip
+    cfg.feature_dim, cfg.region_classes = numbers, cfg.region_classes or classes
 
 
 def with_global(features, locations, keep_mask, n) -> dict:
@@ -329,7 +332,8 @@ def join_objects(batch: dict, most: int) -> dict:
             detected, tagged = batch[f"regions{end}"][i, :n], batch[f"objects{end}"][i, :m]
             first = torch.tensor([[0.0, 0, 1, 1, 1]])
             if name == "features":
-                first = (((n + 1) * detected.mean(0) + (m + 1) * tagged.mean(0)) / (n + m + 2))[None]
+                parts = [(len(part) + 1, part.mean(0)) for part in (detected, tagged) if len(part)]
+                first = (sum(rows * mean for rows, mean in parts) / sum(rows for rows, _ in parts))[None]
             lists[name].append(torch.cat([first, detected[: most - kept], tagged[:kept]]))
     lengths = torch.tensor([len(row) for row in lists["features"]])
     padded = {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in lists.items()}

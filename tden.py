@@ -19,8 +19,8 @@ words that the network itself gave for the masks stand where the masks were ("sc
 
 Reading map: config, presets, recipes | blocks | model | corruption: from a loader's batch to what pre-training reads |
 losses | step: the two passes | heads of the downstream tasks | decoding | official weights | training | evaluation |
-main. Marks: `# PAPER` what the paper says, `# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what
-we do and why: the id is a row of docs/divergences.md.
+main. Marks: `# PAPER` what the paper says, `# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what we
+do and why, a row of docs/divergences.md.
 """
 
 from __future__ import annotations
@@ -80,13 +80,15 @@ class Config(common.RunConfig):
     mlp: int = 0  # width inside the feed-forward parts; 0: 4 x width
     object_layers: int = 6  # depth of the object encoder
     sentence_layers: int = 12  # depth of the sentence encoder
-    cross_layers: int = 6  # depth of the cross-modal encoder, and of the decoder
+    cross_layers: int = 6  # depth of the cross-modal encoder
+    decoder_layers: int = 0  # depth of the cross-modal decoder; 0: that of the encoder
     positions: int = 512  # longest text
     pooled: int = 1024  # numbers of a picture's or a text's embedding (ISM), and of VCR's
+    answer_pooled: int = 0  # the same, in the answer head; 0: OFFICIAL's, of vqa width, of vcr pooled
     dropout: float = 0.1  # attention weights, sub-layer outputs, inside the feed-forward parts, embeddings, poolers
     drop_sentence: float = 0.0  # layer-drop: probability that a block is skipped in a training step
     drop_object: float = 0.0  # the same, of the object encoder
-    drop_cross: float = 0.0  # the same, of the cross-modal encoder
+    drop_cross: float = 0.0  # the same, of the cross-modal encoder (OFFICIAL: the decoder skips none)
     init_std: float = 0.02  # HERE[tden-6]: standard deviation of new weights (first release)
     # --- recipe of pre-training. OFFICIAL: configs/pretrain/tden/tden.yaml, 64 pairs on each of 4 GPUs
     batch: int = 256  # pairs per step over all processes; of vqa and vcr questions
@@ -265,8 +267,8 @@ class AttentionPooler(nn.Module):
 
     def forward(self, x, keep_mask):
         weights = self.weigh(x).masked_fill(~keep_mask[:, :, None], -math.inf).softmax(dim=1)  # [R, T, 1]
-        self.norm.train(self.training and len(x) > 1)  # one vector alone has no batch statistics
-        return self.norm(self.embed((weights * x).sum(1)))
+        y = self.embed((weights * x).sum(1))
+        return self.norm(y) if len(y) > 1 else self.norm.eval()(y)  # one vector alone has no batch statistics
 
 
 class TokenEmbedding(nn.Module):
@@ -319,7 +321,8 @@ class TDEN(nn.Module, ask.Verbs):
         if cfg.task in ("pretrain", "vqa", "vcr") or (cfg.task != "retrieval" and not cfg.decoupled):
             self.cross_encoder = nn.ModuleList(UnderstandingBlock(*sizes) for _ in range(cross_depth(cfg)))
         if cfg.task not in ("retrieval", "vcr") and cfg.decoupled:
-            self.cross_decoder = nn.ModuleList(GenerationBlock(*sizes) for _ in range(cfg.cross_layers))
+            n = cfg.decoder_layers or cfg.cross_layers
+            self.cross_decoder = nn.ModuleList(GenerationBlock(*sizes) for _ in range(n))
         if cfg.task in ("pretrain", "caption", "scst"):
             self.lm_head = Head(cfg.width, cfg.vocab_size)  # OFFICIAL: MLM and MSG share it; HERE[tden-5]: untied
         if cfg.task == "pretrain" and cfg.region_classes:
@@ -336,10 +339,8 @@ class TDEN(nn.Module, ask.Verbs):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.cfg.init_std)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(getattr(module, "bias", module.weight[:0]))
 
-    # --- the two encoders
     def see(self, batch) -> list:
         """features [B, N, D_in], locations [B, N, 5], region_keep_mask [B, N] -> [B, N, D] after each object layer."""
         v, states = self.region_embedding(batch["features"], batch["locations"]), []
@@ -359,7 +360,6 @@ class TDEN(nn.Module, ask.Verbs):
         """OFFICIAL (layer-drop): in training a block is skipped, and its input stands for its output."""
         return self.training and probability > 0 and bool(torch.rand(()) < probability)
 
-    # --- the cross-modal encoder and decoder
     def understand(self, v, t, keep_mask) -> tuple[list, torch.Tensor]:
         """Regions [R, N, D], words [R, T, D] -> regions after each layer, words after the last."""
         states = []
@@ -370,7 +370,7 @@ class TDEN(nn.Module, ask.Verbs):
         return states, t
 
     def memory(self, v) -> list:
-        """Region states -> keys and values for each layer of the decoder."""
+        """Region states -> keys and values for each layer of the decoder; the shared network reads the states."""
         if not self.cfg.decoupled:
             return [v]
         return [block.cross_att.keys_values(v) for block in self.cross_decoder]
@@ -394,19 +394,20 @@ class TDEN(nn.Module, ask.Verbs):
             v, g = block(v, g, keep)
         return g
 
-    # --- what each task asks; called through forward, so that DistributedDataParallel sees it
     def forward(self, batch: dict) -> dict:
+        """What the losses of the task need; called so, because DistributedDataParallel sees nothing else."""
         if self.cfg.task == "pretrain":
             return self.pretrain(batch)
         if self.cfg.task == "retrieval":
             v, keep_mask = self.see(batch), batch["keep_mask"]
             t = self.read(batch["ids"], torch.zeros_like(batch["ids"]), keep_mask[:, None, None])
-            return {"image": self.ism.of_image(v, batch["region_keep_mask"]), "text": self.ism.of_text(t, keep_mask)}
+            image = self.ism.of_image(v, batch["region_keep_mask"]).repeat_interleave(len(t) // len(v[0]), 0)
+            return {"image": image, "text": self.ism.of_text(t, keep_mask)}
         return self.answer(batch) if self.cfg.task in QUESTION_TASKS else {"logits": self.tell(batch)}
 
     def pretrain(self, batch: dict) -> dict:
-        """A batch of `corrupt` -> logits of MLM, MSG and MOC, only where there is something to predict, [M, V] or
-        [M, C]; in the first pass also ISM's embeddings of pictures and texts, [R, P]."""
+        """A batch of `corrupt` -> logits of MLM and MSG [words to predict, V] and of MOC [masked regions, C]; in the
+        first pass, which knows image_ids, also ISM's embeddings of pictures and texts [R, P]."""
         v_states = self.see(batch)
         keep, seen = batch["keep_mask"], batch["region_keep_mask"]
         # One set of weights reads both copies: u may look at every word, g at those before it.
@@ -456,10 +457,9 @@ class TDEN(nn.Module, ask.Verbs):
             g = self.generate(t, self.memory(memory), keep[:, None, None], batch["region_keep_mask"])
         return self.answer_head(v_states, u, g, seen, keep)
 
-    # --- what tools/exam.py and the verbs ask; batches are a loader's
     @torch.no_grad()
     def caption_batch(self, batch: dict, beam=1) -> list[str]:
-        """B pictures -> B captions: greedy (beam 1) or beam search."""
+        """A loader's batch of B pictures -> B captions: greedy (beam 1) or beam search."""
         tok, batch = self.tokenizer, data.to_device(self, regions.of_batch(batch, self.cfg.max_regions))
         ids, _ = decoding.competing_beams(Decoder(self, batch), len(batch["features"]), beam, tok.bos, tok.eos,
                                           self.cfg.max_new, batch["features"].device)  # fmt: skip
@@ -496,8 +496,8 @@ def cross_depth(cfg: Config) -> int:
     """Layers of the cross-modal encoder. Where it does the decoder's work too, it gets the decoder's parameters: with
     inner width F an understanding block has 4 DD + 4 DF of them, a generation block 8 DD + 2 DF."""
     D, inner = cfg.width, cfg.mlp or 4 * cfg.width
-    extra = 0 if cfg.decoupled else cfg.cross_layers * (8 * D + 2 * inner) / (4 * D + 4 * inner)
-    return cfg.cross_layers + round(extra)
+    share = 0 if cfg.decoupled else (8 * D + 2 * inner) / (4 * D + 4 * inner)
+    return cfg.cross_layers + round(share * (cfg.decoder_layers or cfg.cross_layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,13 +505,13 @@ def cross_depth(cfg: Config) -> int:
 
 
 def corrupt_regions(features, boxes, is_masked):
-    """Features [R, N, D] with zeros where a region is masked or overlaps a masked one, and how many are zeroed [R].
+    """Features [R, N, D] with zeros where a region is masked or overlaps a masked one, and bool [R, N] where that is.
 
     boxes [R, N, 4] in pixels. OFFICIAL: overlap is an IoU above 0.4, edges counted as pixels. Nine masked regions of
     ten are to be zeroed, but each overlaps itself wholly, so in effect all are: HERE[tden-4], we zero them all.
     """
     is_zero = is_masked | ((regions.iou(boxes) > 0.4) & is_masked[:, None]).any(2)  # [R, N, N] -> [R, N]
-    return features.masked_fill(is_zero[:, :, None], 0.0), is_zero.sum(1)
+    return features.masked_fill(is_zero[:, :, None], 0.0), is_zero
 
 
 def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
@@ -528,8 +528,8 @@ def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator
                   "_keep_mask", *(["_classes"] if "regions_classes" in batch else []))}  # fmt: skip
     seen = regions_of["_keep_mask"]
     is_masked = (torch.rand(seen.shape, generator=luck) < cfg.region_mask) & seen
-    features, n_zeroed = corrupt_regions(regions_of[""], regions_of["_boxes"], is_masked)
-    rows = regions.with_global(features, regions_of["_locations"], seen, seen.sum(1) - n_zeroed)
+    features, is_zero = corrupt_regions(regions_of[""], regions_of["_boxes"], is_masked)
+    rows = regions.with_global(features, regions_of["_locations"], seen, (seen & ~is_zero).sum(1))
     if "_classes" in regions_of and cfg.region_classes:
         rows |= {"moc_targets": regions_of["_classes"], "region_is_masked": is_masked}
     # PAPER (MSG): the next word of the true sentence, at every position. OFFICIAL: after a corrupted prefix, the same
@@ -566,7 +566,7 @@ def loss_ism(text, image, image_ids, margin=0.2, hardest=True):
 
     S_ij = t_i . v_j; L = 1/B [sum_i max_j max(0, margin + S_ij - S_ii) + sum_j max_i max(0, margin + S_ij - S_jj)],
     over pairs of different pictures. OFFICIAL: the negatives are those of one GPU. hardest=False, the first release:
-    the mean over the texts' negatives that violate the margin, and that over the pictures'.
+    not over B, but the mean over the texts' negatives that violate the margin, and that over the pictures'.
     """
     S = text.float() @ image.float().T
     is_same = image_ids[:, None] == image_ids[None]
@@ -614,8 +614,8 @@ def second_inputs(batch: dict, mlm_logits, msg_logits, mode="argmax", probabilit
         chosen = p.argmax(-1) if mode == "argmax" else torch.multinomial(p, 1)[:, 0] if len(p) else p.new_zeros(0)
         return torch.zeros_like(batch["u_ids"]).masked_scatter(is_place, chosen.long())
 
-    in_u, told = words(mlm_logits, is_masked), words(msg_logits, batch["msg_labels"] != NOTHING)
-    in_g = F.pad(told[:, :-1], (1, 0))  # what was said at t - 1 stands at t
+    in_u, next_words = words(mlm_logits, is_masked), words(msg_logits, batch["msg_labels"] != NOTHING)
+    in_g = F.pad(next_words[:, :-1], (1, 0))  # what was said at t - 1 stands at t; the first place is never masked
     if probability < 1:
         is_masked = is_masked & (torch.rand(is_masked.shape, device=is_masked.device) < probability)
     u, g = (torch.where(is_masked, said, batch[name]) for name, said in (("u_ids", in_u), ("g_ids", in_g)))
@@ -639,12 +639,11 @@ def rows_of(batch: dict, task: str, tok: data.Tokenizer, cfg: Config, luck: torc
 def counts(task: str, rows: dict) -> dict:
     """{loss: over how many targets it is the mean}."""
     if task == "pretrain":
-        found = {"mlm": (rows["mlm_labels"] != NOTHING).sum(), "msg": (rows["msg_labels"] != NOTHING).sum()}
-        found |= {"moc": rows["region_is_masked"].sum()} if "moc_targets" in rows else {}
-        return found | ({"ism": len(rows["u_ids"])} if "image_ids" in rows else {})
-    if task in QUESTION_TASKS or task == "retrieval":
-        return dict.fromkeys({"retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice"]}[task], len(rows["features"]))
-    return {task: (rows["targets"] != NOTHING).sum()}
+        return {"mlm": (rows["mlm_labels"] != NOTHING).sum(), "msg": (rows["msg_labels"] != NOTHING).sum(),
+                "moc": rows["region_is_masked"].sum() if "moc_targets" in rows else 0, "ism": len(rows["u_ids"])}
+    if task in ("caption", "scst"):
+        return {task: (rows["targets"] != NOTHING).sum()}
+    return dict.fromkeys({"retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice"]}[task], len(rows["features"]))
 
 
 def losses(cfg: Config, out: dict, rows: dict) -> dict:
@@ -660,7 +659,7 @@ def losses(cfg: Config, out: dict, rows: dict) -> dict:
         return found
     if cfg.task == "retrieval":  # OFFICIAL: here a sum, over a GPU's 128 pairs: it matters to the clipping of gradients
         hinge = loss_ism(out["text"], out["image"], rows["image_ids"], cfg.margin, cfg.hardest)
-        return {"ism": hinge * min(cfg.batch, 128)}
+        return {"ism": hinge * min(cfg.batch, 128) if cfg.hardest else hinge}
     if cfg.task == "vqa":
         return {name: loss_answers(out[name], rows["targets"]) for name in ("u", "g") if name in out}
     if cfg.task == "vcr":
@@ -687,7 +686,7 @@ class Similarity(nn.Module):
         self.regions = nn.ModuleList(AttentionPooler(*sizes, batch_norm=True) for _ in range(cfg.object_layers))
 
     def of_image(self, v_states, keep_mask):
-        """Regions after each layer of the object encoder -> [B, P]: sum over the layers / sqrt(their number)."""
+        """Regions after each layer of the object encoder -> [B, P]: the sum over layers / sqrt(L), of length 1."""
         pooled = [pool(v, keep_mask) for pool, v in zip(self.regions, v_states, strict=True)]
         return F.normalize(sum(pooled) / math.sqrt(len(pooled)), dim=-1)
 
@@ -702,7 +701,7 @@ class AnswerHead(nn.Module):
 
     def __init__(self, cfg: Config, n: int):
         super().__init__()
-        pooled = cfg.width if cfg.task == "vqa" else cfg.pooled
+        pooled = cfg.answer_pooled or (cfg.width if cfg.task == "vqa" else cfg.pooled)
         sizes = (cfg.width, pooled, cfg.dropout)
         self.words = AttentionPooler(*sizes)
         self.regions = nn.ModuleList(AttentionPooler(*sizes) for _ in range(cross_depth(cfg)))
@@ -731,8 +730,8 @@ class Decoder:
     def __init__(self, model: TDEN, batch: dict, cached=True):
         self.model, self.keep_mask = model, batch["region_keep_mask"]
         self.kvs = model.memory(model.see(batch)[-1])
-        layers = len(model.sentence_encoder) + model.cfg.cross_layers
-        self.caches = [{} for _ in range(layers)] if cached and model.cfg.decoupled else None
+        parts = (*model.sentence_encoder, *model.cross_decoder) if cached and model.cfg.decoupled else ()
+        self.caches = [{} for _ in parts] or None
 
     def step(self, ids):
         """ids [R, t], everything so far -> logits [R, V] of the next token."""
@@ -781,7 +780,8 @@ NAMES = (  # ours, xmodaler's, what both are followed by; {} is the number of a 
 
 def official_modules(cfg: Config) -> dict:
     """Our module -> the list of xmodaler's that it holds, for the parts of all tasks."""
-    depth = {"object_encoder": cfg.object_layers, "sentence_encoder": cfg.sentence_layers, "ism": cfg.object_layers}
+    depth = {"object_encoder": cfg.object_layers, "sentence_encoder": cfg.sentence_layers, "ism": cfg.object_layers,
+             "cross_decoder": cfg.decoder_layers or cfg.cross_layers}  # fmt: skip
     return weights.module_names(NAMES, lambda ours: depth.get(ours.split(".")[0], cfg.cross_layers))
 
 
@@ -794,7 +794,7 @@ SHAPES = {  # config field: a tensor whose shape tells it, and the dimension
     "vocab_size": ("token_embed.embeddings", 0), "width": ("token_embed.embeddings", 1),
     "positions": ("token_embed.embeddings_pos.position_embeddings", 0), "feature_dim": ("visual_embed.embeddings", 1),
     "mlp": ("encoder.layers.0.intermediate.dense", 0), "region_classes": ("v_predictor.decoder", 0),
-    "pooled": ("similarity_predictor.t_pooler.embed", 0),
+    "pooled": ("similarity_predictor.t_pooler.embed", 0), "answer_pooled": ("predictor.u_pooler.embed", 0),
 }  # fmt: skip
 
 
@@ -807,13 +807,13 @@ def official_sizes(state: dict) -> dict:
         raise UserError(f"no checkpoint of xmodaler's TDEN; its first keys are {', '.join(map(str, list(state)[:3]))}")
     sizes = {name: state[f"{key}.weight"].size(dim) for name, (key, dim) in SHAPES.items() if f"{key}.weight" in state}
     sizes |= {"sentence_layers": depth("encoder.layers."), "object_layers": depth("encoder.v_layers.")}
-    if layers := max(depth("decoder.u_layers."), depth("decoder.g_layers.")):
-        sizes["cross_layers"] = layers
+    u, g = depth("decoder.u_layers."), depth("decoder.g_layers.")  # no u in a captioner, no g in VCR's model
+    sizes |= {name: n for name, n in (("cross_layers", u or g), ("decoder_layers", g)) if n}
     return sizes | {"heads": max(1, sizes["width"] // 64), "decoder_memory": "understanding"}
 
 
 def load_official(model: TDEN, state: dict) -> str:
-    """A state dict of xmodaler's, of any of its five models, into a model of any task; see `weights.load_parts`."""
+    """A state dict of any of xmodaler's five models, into that of another task too; see `weights.load_parts`."""
     known = [f"{name}." for names in official_modules(model.cfg).values() for name in names]
     not_used = (*known, "predictor.bias")  # that of predictor.decoder once more, under a second name
     return weights.load_parts(model, state, official_names(model), not_used, "xmodaler's TDEN")
@@ -847,8 +847,8 @@ def load_bert(model: TDEN, state: dict) -> str:
         if old and not ours.startswith("answer_head"):
             modules[ours] = [name.replace(old, BERT_NAMES[old], 1).replace("token_type", "token_type_embeddings")
                              for name in theirs]  # fmt: skip
-    names = weights.tensor_names(model, modules)
-    return weights.load_parts(model, state, names, ("pooler.", "cls.", "embeddings.position_ids"), "BERT")
+    not_used = ("pooler.", "cls.", "embeddings.position_ids")
+    return weights.load_parts(model, state, weights.tensor_names(model, modules), not_used, "BERT")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -878,8 +878,11 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
     if tokenizer.mask is None:
         raise UserError("this tokenizer has no mask token, which pre-training shows: take BERT's")
     answers = tuple(corpus.answers) if corpus else ()
-    if checkpoint and (file := checkpoint.parent / "answers.json").is_file() and cfg.task == "vqa":
+    file = (checkpoint or Path(cfg.init)).parent / "answers.json"
+    if cfg.task == "vqa" and (checkpoint or "predictor.u_logits.1.bias" in (official or ())) and file.is_file():
         answers = tuple(common.read_json(file))
+    elif cfg.task == "vqa" and "predictor.u_logits.1.bias" in (official or ()):
+        raise UserError(f"which answer is which in {cfg.init}? Put the list of them, in its order, into {file}")
     model = TDEN(cfg, tokenizer, answers)
     if checkpoint and common.read_json(checkpoint.parent / "config.json")["task"] == cfg.task:
         common.load_model_weights(model, checkpoint)
@@ -1003,10 +1006,9 @@ def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine
     asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
     splits, columns = asked.final(folder, cfg.beam, cfg.official, n_texts)
     protocol = {
-        "passes": cfg.passes, "decoder_memory": cfg.decoder_memory, "decoupled": cfg.decoupled, "init": cfg.init,
-        "regions": cfg.regions, "beam": cfg.beam, "max_new": cfg.max_new, "texts_per_picture": n_texts,
-        "notes": corpus.notes, "checkpoint": common.how_chosen(checkpoint), "best_by": exam.BEST_BY[cfg.task],
-        **scoring.CAPTION_PROTOCOL,
+        **{name: getattr(cfg, name) for name in "passes decoder_memory decoupled init regions beam max_new".split()},
+        "texts_per_picture": n_texts, "notes": corpus.notes, "checkpoint": common.how_chosen(checkpoint),
+        "best_by": exam.BEST_BY[cfg.task], **scoring.CAPTION_PROTOCOL,
     }  # fmt: skip
     if machine.is_main:
         seconds = time.perf_counter() - started
@@ -1017,10 +1019,9 @@ def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 
-SIZES = (
-    "width heads mlp object_layers sentence_layers cross_layers positions vocab_size pooled feature_dim region_classes "
-    "decoder_memory decoupled regions bert"
-).split()  # what --init takes over from the run's config
+# what --init takes over from the run's config
+SIZES = ("width heads mlp object_layers sentence_layers cross_layers decoder_layers positions vocab_size pooled "
+         "answer_pooled feature_dim region_classes decoder_memory decoupled regions bert").split()  # fmt: skip
 DECODING = ["beam", "max_new"]
 
 
@@ -1037,7 +1038,7 @@ def check(cfg: Config) -> None:
     corpora.check_task(cfg.task, cfg.data)
     shares = "warmup label_smoothing word_mask region_mask ss_prob mirror drop_sentence drop_object drop_cross".split()
     common.check_most(cfg, {**dict.fromkeys(shares, 1), "dropout": 0.99, "beta2": 0.99999, "max_new": cfg.positions,
-                            "max_len": cfg.positions - 2})  # fmt: skip
+                            "max_len": cfg.positions - 4, "max_len_rationale": max(63, cfg.positions - 4)})  # fmt: skip
 
 
 def load_data(cfg: Config):

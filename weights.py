@@ -111,7 +111,8 @@ def load_renamed(module, state: dict, names: dict, not_used: tuple[str, ...], wh
         lists = [("missing in the file", missing), ("unknown in the file", left_over), ("not filled here", unfilled)]
         told = "; ".join(f"{title}: {', '.join(keys[:5])} ({len(keys)} in all)" for title, keys in lists if keys)
         raise UserError(f"these weights are not {what} of this size and form. {told}")
-    new = {k: state[t] if isinstance(t, str) else torch.cat([state[x] for x in t]) for k, t in names.items()}
+    lists = {ours: [theirs] if isinstance(theirs, str) else theirs for ours, theirs in names.items()}
+    new = {k: torch.cat([state[x] for x in t]) if len(t) > 1 else state[t[0]] for k, t in lists.items()}
     wrong = [
         f"{k}: {tuple(new[k].shape)} in the file, {tuple(ours[k].shape)} here"
         for k in new

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAPERS = {
     "vcgpt": "--width 32 --heads 2 --mlp 64 --vision-width 32 --vision-heads 2 --fusion-layers 1 --lm-steps 2 "
     "--max-new 12",
+    "tden": "--width 32 --heads 2 --mlp 64 --pooled 16 --max-new 12",
 }
 RANDOM = {"vcgpt": "--augment crop"}  # what makes its training random, beside --dropout: a resumed run repeats it
 UPDATES = {"tden": 2}  # optimizer updates in a training step, where they are not one
