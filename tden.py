@@ -19,8 +19,8 @@ words that the network itself gave for the masks stand where the masks were ("sc
 
 Reading map: config, presets, recipes | blocks | model | corruption: from a loader's batch to what pre-training reads |
 losses | step: the two passes | heads of the downstream tasks | decoding | official weights | training | evaluation |
-main. Marks: `# PAPER` what the paper says, `# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what we
-do and why, a row of docs/divergences.md.
+main. Marks: `# PAPER` what the paper says, `# OFFICIAL` what the authors' code does (YehLi/xmodaler), `# HERE[id]` what
+we do and why, a row of docs/divergences.md.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Config(common.RunConfig):
     decoder_memory: str = "object"  # HERE[tden-1]: the decoder sees object | understanding (leaks words) region states
     decoupled: bool = True  # off: one network for both, of as many parameters (the other ablation)
     margin: float = 0.2  # of ISM's hinge
-    hardest: bool = True  # ISM: hardest negative of the batch; off: mean of all that violate the margin (first release)
+    hardest: bool = True  # of ISM: the batch's hardest negatives; HERE[tden-14]: off in tiny and small, see loss_ism
     word_mask: float = 0.15  # share of words to predict (MLM)
     region_mask: float = 0.15  # share of regions to predict (MOC)
     # --- regions
@@ -104,8 +104,8 @@ class Config(common.RunConfig):
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     grad_clip_value: float = 0.0  # largest entry of a gradient; 0: no clipping
     label_smoothing: float = 0.0  # captions: share of the target's probability that the other words get
-    max_len: int = 34  # word pieces of a text, special ones not counted; of vcr those of question and answer
-    max_len_rationale: int = 63  # of vcr with its rationale
+    max_len: int = 34  # word pieces of a text, to which HERE[tden-12]: [CLS] and [SEP] come; of vcr question and answer
+    max_len_rationale: int = 63  # the same, of vcr with its rationale
     train_on: str = "train"  # of vqa: train | train+val (but for 3,000 questions) | train+val+vg (Visual Genome)
     # --- decoding. OFFICIAL: beam 2, at most 20 tokens, sum of log p
     beam: int = 2  # width of the beam search of the final evaluation and of --caption; validation is greedy
@@ -134,7 +134,7 @@ RECIPES = {
         train_on="train+val+vg"),
     ("retrieval", "base"): dict(
         batch=512, epochs=100.0, lr=2e-5, weight_decay=0.0, warmup=0.1, drops="0.3,0.6", dropout=0.2, drop_sentence=0.1,
-        drop_object=0.1, max_len=28, grad_clip=2.0),
+        drop_object=0.1, max_len=28, grad_clip=2.0),  # HERE[tden-13] (not in the paper): one caption a picture
     ("vcr", "base"): dict(
         batch=64, epochs=20.0, lr=2e-5, warmup=0.05, drops="0.2,0.4", grad_clip=1.0, max_len=35, mirror=0.5),
     ("caption", "base"): dict(
@@ -958,8 +958,8 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                     pieces = data.pieces_of(rows, cfg.micro_batch)
                 is_update = cfg.two_updates or cfg.task != "pretrain" or turn + 1 == len(turns)
                 for i, piece in enumerate(pieces):
-                    # Each loss is the mean over all its targets of the global batch, however it is cut; DDP averages
-                    # gradients over processes, hence the factor. ISM's negatives are those of the piece.
+                    # HERE[tden-11]: each loss is the mean over all its targets of the global batch, however it is cut;
+                    # DDP averages over processes, hence the factor. ISM's negatives are those of the piece.
                     with common.synchronised(ddp, is_update and i + 1 == len(pieces)):
                         with machine.autocast():
                             out = ddp(piece)
