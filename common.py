@@ -28,7 +28,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -119,6 +119,7 @@ class RunConfig:
     official: bool = True  # of photographs also METEOR, SPICE and PTB tokens, where pycocoevalcap and Java are present
 
 
+@cache
 def field_comments(config_class) -> dict[str, str]:
     """Field name -> the comment behind it in the source."""
     found = {}

@@ -116,7 +116,7 @@ PRESETS = {
     # HERE[tden-9] (not in the paper): tiny learns the small world from nothing in three minutes on 2 cores
     "tiny": dict(
         width=128, heads=4, mlp=256, object_layers=1, sentence_layers=1, cross_layers=1, positions=64, pooled=128,
-        vocab_size=1000, dropout=0.0, init_std=0.08, hardest=False, batch=96, steps=600, lr=1e-3, grad_clip=1.0,
+        vocab_size=1000, dropout=0.0, init_std=0.08, hardest=False, batch=96, steps=600, lr=2e-3, grad_clip=1.0,
         max_len=30, max_new=30),
     # HERE[tden-9] (not in the paper): small learns from a few thousand photographs, from nothing
     "small": dict(
@@ -942,8 +942,8 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                 if turn < len(loaders):  # pre-training's second pass reads the batch of the first once more
                     with log.waiting():
                         batch = next(batches[turn])
-                    rows = rows_of(batch, cfg.task, model.tokenizer, cfg, torch.Generator().manual_seed(seed))
-                    rows = data.to_device(model, rows)
+                    luck = torch.Generator().manual_seed(seed + 2**40)  # not the numbers that dropout draws
+                    rows = data.to_device(model, rows_of(batch, cfg.task, model.tokenizer, cfg, luck))
                     if is_scst:  # the loader's captions make way for the model's own
                         luck, k = torch.Generator(machine.device).manual_seed(seed), cfg.captions_per_image
                         with torch.no_grad(), machine.autocast():

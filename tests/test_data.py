@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import common
 import corpora
 import data
 from common import UserError
@@ -782,3 +784,114 @@ def test_importing_is_light():
     code = f"import sys, data, corpora; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What the steps of several papers take from a batch
+
+
+def test_captions_are_whole_again():
+    batch = data.pad_captions([[5, 6], [7]], 1, 2, 0)
+    ids, keep = data.whole_captions(batch, 9)
+    assert ids.tolist() == [[1, 5, 6, 2], [1, 7, 2, 9]] and keep.tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
+def test_masked_words_by_share():
+    """80 % are hidden, 10 % are any token, 10 % stay; nothing else changes, and one seed gives one corruption."""
+    ids = torch.full((400, 100), 50)
+    ids[:, 0] = 1
+    found, labels = data.mask_words(ids, ids == 50, 3, 200, 0.2, torch.Generator().manual_seed(0))
+    again, _ = data.mask_words(ids, ids == 50, 3, 200, 0.2, torch.Generator().manual_seed(0))
+    assert torch.equal(found, again)
+    is_selected = labels != -100
+    assert is_selected[:, 1:].float().mean() == pytest.approx(0.2, abs=0.01) and not is_selected[:, 0].any()
+    assert (labels[is_selected] == 50).all() and torch.equal(found[~is_selected], ids[~is_selected])
+    shown = found[is_selected]
+    assert (shown == 3).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (shown == 50).float().mean() == pytest.approx(0.1, abs=0.02)
+    others = shown[(shown != 3) & (shown != 50)]
+    assert others.min() == 0 and others.max() == 199 and len(others.unique()) > 150
+
+
+def test_pieces_of_a_step():
+    """Never less than a picture with all its texts, and nothing twice."""
+    rows = {"features": torch.arange(5), "ids": torch.arange(15), "targets": torch.arange(15)}
+    for pairs, pictures in ((0, [5]), (1, [1] * 5), (3, [1] * 5), (6, [2, 2, 1]), (8, [2, 2, 1]), (99, [5])):
+        pieces = data.pieces_of(rows, pairs)
+        assert [len(piece["features"]) for piece in pieces] == pictures
+        assert [len(piece["ids"]) for piece in pieces] == [3 * n for n in pictures]
+        for name, x in rows.items():
+            assert torch.equal(torch.cat([piece[name] for piece in pieces]), x)
+
+
+def test_the_same_picture_has_the_same_number():
+    assert data.picture_numbers({"image_id": ["a", 7, "a", "b"]}, 2).tolist() == [0, 0, 1, 1, 0, 0, 2, 2]
+
+
+def test_rows_go_where_the_model_is():
+    rows = data.to_device(torch.nn.Linear(1, 1, device="meta"), {"x": torch.zeros(2)})
+    assert rows["x"].device.type == "meta"
+
+
+def test_skipped_pictures_are_told_at_the_end(capsys):
+    loaders = [data.Loader(None, 9, True, rank) for rank in (0, 0)]
+    data.tell_of_bad(loaders)
+    assert not capsys.readouterr().out
+    loaders[0].bad, loaders[1].bad = {"a", "b"}, {"c"}
+    data.tell_of_bad(loaders)
+    assert capsys.readouterr().out == "3 training pictures could not be read and were skipped\n"
+    loaders[0].rank = 1
+    data.tell_of_bad(loaders)
+    assert not capsys.readouterr().out
+
+
+def test_tasks_and_data_that_do_not_meet():
+    for task, name in (("vqa", "scenes"), ("vqa", "vqa"), ("nlvr2", "nlvr1"), ("ve", "snli_ve"), ("vcr", "vcr"),
+                       ("pretrain", "coco"), ("caption", "my.jsonl"), ("pretrain", "scenes")):  # fmt: skip
+        corpora.check_task(task, name)
+    with pytest.raises(UserError, match="--task vqa needs questions about pictures: --data scenes or vqa, not coco"):
+        corpora.check_task("vqa", "coco")
+    with pytest.raises(UserError, match="--data vcr has questions, no captions, which --task caption trains on"):
+        corpora.check_task("caption", "vcr")
+
+
+def test_rates_that_fall_in_steps():
+    cfg = SimpleNamespace(drops="0.5,0.7", drop_factor=0.1, warmup=0.2, steps=10)
+    found = [common.schedule(cfg, step) for step in range(10)]
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01])
+    cfg = SimpleNamespace(drops="", warmup=0.2, steps=10)
+    assert [common.schedule(cfg, k) for k in range(10)] == [common.linear_schedule(k, 10, 0.2) for k in range(10)]
+    assert common.schedule(SimpleNamespace(drops="0.9", drop_factor=0.1, warmup=0.0, steps=10), 0) == 1
+
+
+def test_settings_above_their_limit():
+    common.check_most(SimpleNamespace(max_len=5), {"max_len": 5})
+    with pytest.raises(UserError, match="--max-len 6: give 5 or less"):
+        common.check_most(SimpleNamespace(max_len=6), {"max_len": 5})
+
+
+def test_going_on(tmp_path):
+    """Of a checkpoint: its step, the best value, whether val is still to be looked at; later log lines are dropped."""
+    net = torch.nn.Linear(1, 1)
+    run, optimizer = common.Run(tmp_path), torch.optim.AdamW(net.parameters(), lr=0.5)
+    assert run.go_on(None, optimizer) == (0, -1.0, False)
+    saved = {**optimizer.state_dict(), "param_groups": [{**optimizer.state_dict()["param_groups"][0], "lr": 0.25}]}
+    (tmp_path / "step_2").mkdir()
+    torch.save({"optimizer": saved}, tmp_path / "step_2" / "state.pt")
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    for meta, wanted in (({"best": 0.7, "is_due": True}, (2, 0.7, True)), ({"best": 0.7}, (2, 0.7, False))):
+        common.write_json(tmp_path / "step_2" / "meta.json", {"step": 2, **meta})
+        assert run.go_on(tmp_path / "step_2", optimizer) == wanted
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert [record["step"] for record in common.read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_files_of_weights_are_left_to_the_model(tmp_path):
+    (tmp_path / "official.pth").write_bytes(b"x")
+    given = {"init": str(tmp_path / "official.pth")}
+    cfg, checkpoint = common.configure(common.RunConfig, given, "x", {"tiny": {}}, {}, [], takes_files=True)
+    assert checkpoint is None and cfg.init == given["init"]
+    with pytest.raises(UserError, match="is not a run directory"):
+        common.configure(common.RunConfig, given, "x", {"tiny": {}}, {}, [])
+    with pytest.raises(UserError, match="is not a run directory"):
+        common.configure(common.RunConfig, {"init": str(tmp_path)}, "x", {"tiny": {}}, {}, [], takes_files=True)

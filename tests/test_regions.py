@@ -419,3 +419,122 @@ def test_pairs_have_no_regions():
     tokenizer = data.Tokenizer.train(["one picture shows"], 300)
     with pytest.raises(UserError, match="leave out --regions"):
         list(data.eval_loader(data.Examples(items, tokenizer, 32, regions=regions.SceneRegions()), 2))
+
+
+# Regions as models read them
+
+
+def test_overlap_by_hand():
+    """Edges are pixels: a box of one point has an area of one."""
+    boxes = torch.tensor([[[0, 0, 9, 9], [0, 5, 9, 14], [30, 30, 30, 30], [10, 0, 19, 9.0]]])
+    found = regions.iou(boxes)[0]
+    assert torch.equal(found, found.T) and found.diagonal().tolist() == [1, 1, 1, 1]
+    assert found[0].tolist() == pytest.approx([1, 50 / 150, 0, 0])
+    assert regions.iou(boxes + 0.5)[0, 0, 3] == 0
+
+
+def listed(lengths, D_in=2, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for n in lengths:
+        low = rng.uniform(0, 5, (n, 2))
+        boxes = np.concatenate([low, low + 2], 1).astype(np.float32)
+        rows.append(Regions(rng.normal(size=(n, D_in)).astype(np.float32), boxes, (10, 10)))
+    return rows
+
+
+def test_a_global_region_comes_first():
+    batch = data.pad_regions(listed([3, 1]))
+    found = regions.of_batch(batch, 50)
+    assert found["locations"][:, 0].tolist() == [[0, 0, 1, 1, 1]] * 2
+    torch.testing.assert_close(found["features"][0, 0], batch["regions"][0].mean(0))
+    torch.testing.assert_close(found["features"][1, 0], batch["regions"][1, 0])
+    assert torch.equal(found["features"][:, 1:], batch["regions"])
+    assert torch.equal(found["locations"][:, 1:], batch["regions_locations"])
+    assert found["region_keep_mask"].tolist() == [[True] * 4, [True, True, False, False]]
+    none = regions.with_global(torch.ones(1, 2, 3), torch.zeros(1, 2, 5), torch.ones(1, 2) > 0, torch.tensor([0]))
+    assert none["features"][0, 0].tolist() == [2, 2, 2], "divided by 1, where nothing is left"
+
+
+@pytest.mark.parametrize("most", [50, 4, 2])
+def test_objects_and_detected_regions_in_one_list(most):
+    """Objects come last and have priority; the global feature is that of both lists, weighted by their rows."""
+    detected, tagged = listed([3, 2]), listed([2, 4], seed=1)
+    batch = data.pad_regions(detected) | data.pad_regions(tagged, "objects")
+    found = regions.of_batch(batch, most)
+    for i, (a, b) in enumerate(zip(detected, tagged, strict=True)):
+        kept = min(len(b.boxes), most)
+        n = int(found["region_keep_mask"][i].sum())
+        assert n == 1 + min(most, len(a.boxes) + kept) and found["region_keep_mask"][i, :n].all()
+        wanted = np.concatenate([a.features[: most - kept], b.features[:kept]])
+        assert np.array_equal(found["features"][i, 1:n].numpy(), wanted)
+        boxes = np.concatenate([a.locations()[: most - kept], b.locations()[:kept]])
+        np.testing.assert_allclose(found["locations"][i, 1:n].numpy(), boxes, atol=1e-6)
+        weights = np.array([len(a.boxes) + 1, len(b.boxes) + 1])
+        mean = (weights[0] * a.features.mean(0) + weights[1] * b.features.mean(0)) / weights.sum()
+        np.testing.assert_allclose(found["features"][i, 0].numpy(), mean, atol=1e-5)
+        assert found["locations"][i, 0].tolist() == [0, 0, 1, 1, 1] and not found["features"][i, n:].any()
+
+
+def test_what_a_corpus_learns_of_its_regions(tmp_path):
+    """The first picture that can be read tells how many numbers and classes there are."""
+    from types import SimpleNamespace
+
+    folder = write(tmp_path / "regions", "b")
+    items = [data.Item(name, tmp_path / f"{name}.jpg", ("x",)) for name in "ab"]
+
+    def attached(items=items, **changed):
+        cfg = SimpleNamespace(regions="files", data=str(tmp_path / "x.jsonl"), root="", max_regions=2, mirror=0.0,
+                              feature_dim=0, region_classes=0, task="pretrain")  # fmt: skip
+        cfg.__dict__.update(changed)
+        corpus = data.Corpus("mine", {"train": items, "val": items, "test": items})
+        regions.attach(corpus, cfg)
+        return corpus, cfg
+
+    corpus, cfg = attached()
+    assert (cfg.feature_dim, cfg.region_classes) == (D, C) and corpus.notes == []
+    assert len(corpus.regions("b", "b.jpg").boxes) == 2
+    assert attached(region_classes=C)[1].region_classes == C
+    assert attached(feature_dim=D)[1].feature_dim == D
+    assert attached(mirror=0.5)[0].notes == ["there are no mirrored regions, so --mirror does nothing"]
+    with pytest.raises(UserError, match="regions of 8 numbers, where the model reads 9"):
+        attached(feature_dim=9)
+    with pytest.raises(UserError, match="regions of 5 classes, where the model knows 7"):
+        attached(region_classes=7)
+    assert attached(region_classes=7, task="caption")[1].region_classes == 7, "which needs no classes"
+    with pytest.raises(UserError, match="none of the first pictures of mine has regions: .*a.npz: no such region file"):
+        attached(items[:1])
+    write(folder, "b", cls_prob=None)
+    assert attached()[1].region_classes == 0
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    corpus, cfg = attached(regions="grid")
+    assert cfg.feature_dim == 768 and "grid of crops" in corpus.notes[0]
+
+
+def test_regions_of_a_users_picture(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    for picture in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
+        assert regions.of_picture(picture, "grid", "coco").features.shape == (16, 768)
+    scene = scenes.make_scene(scenes.get_world("tiny"), "test", 3)
+    assert np.array_equal(regions.of_picture("test:3", "files", "scenes").features, scenes.regions(scene)["features"])
+    assert regions.of_picture("test:3", "grid", "scenes").features.shape == (16, 768)
+    full = scenes.regions(scenes.make_scene(scenes.get_world("full"), "test_compositional", 3))["features"]
+    assert np.array_equal(regions.of_picture("test_compositional:3", "files", "scenes", "full").features, full)
+    for told in ("a.png", "test:x", "nothing:3"):
+        with pytest.raises(UserError, match="give SPLIT:NUMBER, like test:0"):
+            regions.of_picture(told, "files", "scenes")
+    with pytest.raises(UserError, match="give an .npz file of regions, or a path with one"):
+        regions.of_picture(Image.new("RGB", (3, 3)), "files", "coco")
+    with pytest.raises(UserError, match="neither .*a.npz nor .*regions/a.npz is there"):
+        regions.of_picture(tmp_path / "a.png", "files", "coco")
+    with pytest.raises(UserError, match="no.jpg: no such file; give another"):
+        regions.of_picture(tmp_path / "no.jpg", "grid", "coco")
+    write(tmp_path / "regions", "a")
+    assert len(regions.of_picture(tmp_path / "a.png", "files", "coco").boxes) == N
+    assert len(regions.of_picture(tmp_path / "a.png", "files", "coco", most=2).boxes) == 2
+    write(tmp_path, "a", features=np.ones((N, D)))
+    assert regions.of_picture(tmp_path / "a.png", "files", "coco").features.min() == 1, "beside it first"
+    assert len(regions.of_picture(tmp_path / "regions" / "a.npz", "files", "coco").boxes) == N
+    (tmp_path / "a.npz").write_bytes(b"half")
+    with pytest.raises(UserError, match="a.npz: cannot be read"):
+        regions.of_picture(tmp_path / "a.png", "files", "coco")

@@ -1,0 +1,218 @@
+"""What every model file asks of its model (tools/exam.py), what users ask of one (tools/ask.py), what a run says when
+it is over (tools/finish.py): with a model that knows everything, and one that knows nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import corpora
+import data
+import regions
+from common import UserError
+from tools import ask, exam, finish
+
+MACHINE = common.Machine(torch.device("cpu"), torch.float32, 0, 1, 0, "test")
+
+
+class Knows(torch.nn.Module):
+    """Looks things up in the items that it is asked about: captions, pictures and texts as vectors, answers."""
+
+    def __init__(self):
+        super().__init__()
+        self.items, self.beams = {}, []
+
+    def caption_batch(self, batch, beam):
+        assert not self.training and not torch.is_grad_enabled()
+        self.beams.append(beam)
+        return [self.items[i].captions[0] for i in batch["image_id"]]
+
+    def encode_images(self, batch):
+        return self.encode_texts([self.items[i].captions[0] for i in batch["image_id"]])
+
+    def encode_texts(self, texts):
+        assert not self.training and not torch.is_grad_enabled()
+        known = sorted({item.captions[0] for item in self.items.values()})
+        return torch.tensor([[float(text == word) for word in known] for text in texts])
+
+    def answer_scores(self, batch):
+        assert not self.training and not torch.is_grad_enabled()
+        if "targets" in batch:
+            return batch["targets"] + 0.0
+        return torch.nn.functional.one_hot(batch["labels"], 4).float()
+
+
+def asked(task):
+    corpus = corpora.load("scenes", task=task if task in ("vqa", "vcr") else "caption", n_train=200, n_val=6, n_test=6)
+    model, calls = Knows(), []
+    tok = data.Tokenizer.train(["a red circle is left of it"] * 3, 400, "wordpiece")
+
+    def samples(items, **more):
+        calls.append(more)
+        if hasattr(items[0], "captions"):
+            model.items = {item.image_id: item for item in items}
+        if task == "vcr":
+            return data.Choices(items, tok, 8, regions=regions.SceneRegions(), **more)
+        kind = data.Examples if task == "vqa" else data.Pictures
+        return kind(items, tok, 8, regions=regions.SceneRegions(),
+                    **({"answers": corpus.answers} if task == "vqa" else {}))  # fmt: skip
+
+    return exam.Exam(task, model.train(), corpus, MACHINE, samples), corpus, calls
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval", "caption", "scst", "vqa", "vcr"])
+def test_on_val_asks_what_the_task_is_about(task):
+    one, corpus, calls = asked(task)
+    val = one.on_val(list(corpus.splits["val"]))
+    assert exam.BEST_BY[task] in val
+    if task in ("pretrain", "retrieval"):
+        distinct = len({item.captions[0] for item in corpus.splits["val"]})
+        assert val["R@1"] == pytest.approx(1.0) if distinct == 6 else val["R@1"] > 0.4
+        assert not one.model.beams
+    if task in ("caption", "scst"):
+        assert val["caption_true"] == 1.0 and set(one.model.beams) == {1}, "val is greedy"
+    if task == "vqa":
+        known = [set(item.answers) <= set(corpus.answers) for item in corpus.splits["val"]]
+        assert val["vqa_accuracy"] >= 0.99 * sum(known) / 6
+    if task == "vcr":
+        assert val["vcr_q2ar"] == 100 or val["vcr_q2ar"] == 1.0
+        assert calls == [{"task": "qa"}, {"task": "qar"}]
+
+
+class Says:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def a_run(tmp_path, *steps):
+    for step in steps:
+        (tmp_path / f"step_{step}").mkdir()
+    return common.Run(tmp_path)
+
+
+def test_validate_moves_best_only_to_what_is_better(tmp_path):
+    """It looks at the first val items, of which `best` is chosen, and writes down that it has looked."""
+    run, log, cfg = a_run(tmp_path, 1, 2, 3), Says(), SimpleNamespace(val_items=4)
+    (tmp_path / "last").symlink_to("step_3")
+    knows, corpus, _ = asked("caption")
+    looked = []
+    knows.on_val = lambda items: looked.append([item.image_id for item in items]) or {"CIDEr_D": 2.0, "BLEU_4": 0.5}
+    assert knows.validate(cfg, run, log, 1, -1.0) == 2.0
+    assert looked == [[item.image_id for item in corpus.splits["val"][:4]]]
+    assert (tmp_path / "best").resolve().name == "step_1" and "best so far" in log.lines[0]
+    assert log.lines[0].startswith("val at step 1: CIDEr_D 2.000  BLEU_4 0.500")
+    assert common.read_json(tmp_path / "step_1" / "meta.json") == {
+        "step": 1, "val": {"CIDEr_D": 2.0, "BLEU_4": 0.5}, "best": 2.0, "is_due": False}  # fmt: skip
+    knows.on_val = lambda items: {"CIDEr_D": 1.0}
+    (tmp_path / "step_2").mkdir(exist_ok=True)
+    assert knows.validate(cfg, run, log, 2, 2.0) == 2.0
+    assert (tmp_path / "best").resolve().name == "step_1" and "best so far" not in log.lines[1]
+    knows.on_val = lambda items: {"CIDEr_D": 2.0}
+    (tmp_path / "step_3").mkdir(exist_ok=True)
+    assert knows.validate(cfg, run, log, 3, 2.0) == 2.0
+    assert (tmp_path / "best").resolve().name == "step_3", "of equals the later"
+    assert [r["step"] for r in common.read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+
+
+def test_without_val_the_last_is_the_best(tmp_path):
+    run, log = a_run(tmp_path, 4), Says()
+    (tmp_path / "last").symlink_to("step_4")
+    knows, corpus, _ = asked("caption")
+    del corpus.splits["val"]
+    assert knows.validate(SimpleNamespace(val_items=4), run, log, 4, 7.0) == 7.0
+    assert (tmp_path / "best").resolve().name == "step_4" and not log.lines
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval", "caption", "vqa", "vcr"])
+def test_the_final_exam(tmp_path, task):
+    """Every test split with its controls; the pictures that belong to it; captions by beam search."""
+    one, corpus, _ = asked(task)
+    splits, columns = one.final(tmp_path, 3, False, 1)
+    assert set(splits) == {"test", "test_compositional"} and {"test", "test, shuffled"} <= set(columns)
+    metrics, files = splits["test"]["metrics"], {path.name for path in tmp_path.iterdir()}
+    assert exam.BEST_BY[task] in metrics and "shuffled_images" in splits["test"]["controls"]
+    assert "samples.png" in files and ("ranking.png" in files) == (task == "pretrain")
+    if task == "pretrain":
+        assert {"R@1", "caption_true"} <= set(metrics) and set(one.model.beams) == {3}
+        shuffled = splits["test"]["controls"]["shuffled_images"]
+        assert {"R@1", "caption_true"} <= set(shuffled) and "constant_caption" in splits["test"]["controls"]
+        assert {"R@1", "caption_true"} <= set(columns["test"])
+    if task == "retrieval":
+        assert not one.model.beams and "caption_true" not in metrics
+
+
+def test_tables_are_joined_level_by_level():
+    table = {"test": {"metrics": {"R@1": 1}, "controls": {"shuffled": {"R@1": 0}}}}
+    exam._join(table, {"test": {"metrics": {"BLEU": 2}, "controls": {"shuffled": {"BLEU": 3}, "x": {"BLEU": 4}}},
+                       "val": {"metrics": {}}})  # fmt: skip
+    assert table == {"test": {"metrics": {"R@1": 1, "BLEU": 2}, "controls": {
+        "shuffled": {"R@1": 0, "BLEU": 3}, "x": {"BLEU": 4}}}, "val": {"metrics": {}}}  # fmt: skip
+
+
+# What users ask
+
+
+class Model(ask.Verbs):
+    lm_head, ism, answers = True, True, ("yes", "no", "two")
+
+    def __init__(self, **more):
+        self.cfg = SimpleNamespace(task="vqa", regions="files", data="scenes", world="tiny", max_regions=2, beam=3,
+                                   max_len=4, **more)  # fmt: skip
+        self.tokenizer = data.Tokenizer.train(["is it a red circle"] * 3, 300, "wordpiece")
+        self.seen = []
+
+    def caption_batch(self, batch, beam):
+        self.seen.append((len(batch["regions"]), beam))
+        return ["said"]
+
+    def encode_images(self, batch):
+        return torch.tensor([[0.6, 0.8]])
+
+    def encode_texts(self, texts):
+        return torch.tensor([[1.0, 0.0]])
+
+    def answer_scores(self, batch):
+        self.seen.append((batch["ids"], len(batch["regions"]), batch["keep_mask"].all().item()))
+        return torch.tensor([[0.1, 0.2, 0.7]])
+
+
+def test_verbs():
+    model = Model()
+    assert model.caption("test:0") == "said" and model.caption("test:0", 1) == "said"
+    assert model.seen == [(1, 3), (1, 1)]
+    assert model.score("test:0", "x") == pytest.approx(0.6)
+    model.seen.clear()
+    assert model.answer_to("test:0", "Is it a RED circle.") == "two"
+    tok, (ids, pictures, whole) = model.tokenizer, model.seen[0]
+    wanted = [tok.bos, *tok.encode("is it a red circle")[:4], tok.eos]
+    assert ids.tolist() == [wanted] and pictures == 1 and whole
+    for lacking, verb, told in (
+        ("lm_head", lambda m: m.caption("test:0"), "no captions: take a run of --task pretrain"),
+        ("ism", lambda m: m.score("test:0", "x"), "no similarities: take a run"),
+        ("answers", lambda m: m.answer_to("test:0", "x"), "no answers: take a run of --task vqa"),
+    ):
+        model = Model()
+        setattr(model, lacking, ())
+        with pytest.raises(UserError, match=told):
+            verb(model)
+
+
+# The end of a run
+
+
+def test_what_a_run_says_at_its_end(tmp_path, capsys):
+    for task, go_on in (("pretrain", "--caption PICTURE --init"), ("vqa", "--ask PICTURE QUESTION --init"),
+                        ("vcr", "--eval-only"), ("retrieval", "--score PICTURE TEXT --init")):  # fmt: skip
+        (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "lr": 0.1}) + "\n")
+        columns = {"test": {"caption_true": 0.9}, "test, shuffled": {"caption_true": 0.1}} if task == "pretrain" else {
+            "test": {"x": 0.5}}  # fmt: skip
+        finish.tell(columns, common.Run(tmp_path), task, 0.0, "my.py")
+        told = capsys.readouterr().out
+        assert f"go on: python my.py {go_on} {tmp_path}" in told and "metrics.json: this table" in told
+        assert ("of the captions are true" in told) == (task == "pretrain") and "seconds in all" in told
+    assert (tmp_path / "curves.png").exists()
