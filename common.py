@@ -93,11 +93,11 @@ class RunConfig:
     """What every model file's Config starts with: what to run, on what, and where to put it."""
 
     # --- what to run
-    data: str = "scenes"  # scenes | coco | flickr30k | flickr8k | nocaps | own data: a .jsonl or .csv file, or a folder
+    data: str = "scenes"  # scenes | coco | flickr30k | flickr8k | nocaps | vqa | vcr | own data: .jsonl, .csv, a folder
     root: str = ""  # directory of the data set; default data/NAME
     task: str = "pretrain"  # what to train; the tasks of a paper are in its file
     preset: str = ""  # tiny | small | base; default tiny for scenes, small for flickr8k and own data, base otherwise
-    init: str = "none"  # start from the weights of a run directory (or one of its step_N), or none
+    init: str = "none"  # start from the weights of a run directory (or its step_N), of the authors' file, or none
     resume: str = ""  # go on with a run: RUN or RUN/step_N; all other settings come from it
     out: str = ""  # run directory; default runs/<model>-<data>[-<task>], with the next free suffix
     seed: int = 0  # of initialisation, data order, augmentation, dropout and sampling
@@ -128,7 +128,7 @@ def field_comments(config_class) -> dict[str, str]:
             for line in inspect.getsource(base).splitlines():
                 match = re.match(r"    (\w+): [^#]*?#\s*(.+)", line)
                 if match:
-                    found[match[1]] = re.sub(r"HERE\[[\w-]+\]( \(.*?\))?:?\s*", "", match[2]).strip()
+                    found[match[1]] = re.sub(r"(HERE\[[\w-]+\]( \(.*?\))?:?|PAPER:|OFFICIAL:)\s*", "", match[2]).strip()
     return found
 
 
@@ -186,6 +186,16 @@ def check_numbers(cfg, from_one: str) -> None:
         if type(value) in (int, float) and field.name not in ("workers", "seed"):
             if not value >= least or math.isinf(value):
                 raise UserError(f"{flag} {value}: give {least} or more" + ", and a finite number" * math.isinf(value))
+
+
+def check_drops(cfg) -> None:
+    """UserError where cfg.drops is not what `schedule` reads."""
+    try:
+        shares = [float(share) for share in cfg.drops.split(",")] if cfg.drops else []
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise UserError(f"--drops {cfg.drops}: give shares of the run between 0 and 1, like 0.5,0.6")
 
 
 def check_most(cfg, limits: dict) -> None:

@@ -1035,7 +1035,7 @@ def check(cfg: Config) -> None:
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} --heads {cfg.heads}: the first must be a multiple of the second")
-    corpora.check_task(cfg.task, cfg.data)
+    corpora.check_task(cfg.task, cfg.data), common.check_drops(cfg)
     shares = "warmup label_smoothing word_mask region_mask ss_prob mirror drop_sentence drop_object drop_cross".split()
     common.check_most(cfg, {**dict.fromkeys(shares, 1), "dropout": 0.99, "beta2": 0.99999, "max_new": cfg.positions,
                             "max_len": cfg.positions - 4, "max_len_rationale": max(63, cfg.positions - 4)})  # fmt: skip
