@@ -41,7 +41,7 @@ from data import BadImage, Choice, Regions
 
 def region_source(kind: str, name: str, root: str | Path | None = None, most: int | None = None):
     """Of a data set: "files", those in regions/ below its folder; "grid", crops; of scenes their own. `most`: how many
-    of each picture are taken. Raises UserError, with the ways on, where there are no files."""
+    of each picture are taken from a file. Raises UserError, with the ways on, where there are no files."""
     choose("regions", kind, ["files", "grid"])
     if kind == "grid" or name == "scenes":
         return GridRegions() if kind == "grid" else SceneRegions()
@@ -296,6 +296,8 @@ def attach(corpus, cfg) -> None:
     if cfg.task == "pretrain" and classes and cfg.region_classes not in (0, classes):
         raise UserError(f"regions of {classes} classes, where the model knows {cfg.region_classes}: take regions of "
                         "the same detector, or train a new model")  # fmt: skip
+    if cfg.task == "pretrain" and classes and hasattr(source, "n_classes"):
+        source.n_classes = classes  # a file of another number is a bad one
     cfg.feature_dim, cfg.region_classes = numbers, cfg.region_classes or classes
 
 

@@ -59,21 +59,21 @@ class Config(common.RunConfig):
     ss_mode: str = "argmax"  # HERE[tden-2]: the first pass's word, argmax | sample (drawn)
     ss_prob: float = 1.0  # HERE[tden-2]: probability that a masked word is replaced by it
     two_updates: bool = True  # HERE[tden-3]: an update after each pass; off: one, of both passes' losses
-    decoder_memory: str = "object"  # HERE[tden-1]: the decoder sees object | understanding (leaks words) region states
-    decoupled: bool = True  # off: one network for both, of as many parameters (the other ablation)
+    decoder_memory: str = ""  # HERE[tden-1]: region states for the decoder: object | understanding; none: object
+    decoupled: bool = True  # off: one network for both, in pre-training of about as many parameters (an ablation)
     margin: float = 0.2  # of ISM's hinge
     hardest: bool = True  # of ISM: the batch's hardest negatives; HERE[tden-14]: off in tiny and small, see loss_ism
     word_mask: float = 0.15  # share of words to predict (MLM)
     region_mask: float = 0.15  # share of regions to predict (MOC)
     # --- regions
     regions: str = "files"  # files: a detector's, below ROOT/regions (of scenes: their own) | grid: crops, no detector
-    max_regions: int = 50  # regions of a picture, in the detector's order; the global one comes on top
+    max_regions: int = 50  # regions of a picture that are taken from its file; a global one comes on top
     feature_dim: int = 0  # numbers that describe a region; 0: as many as the data has
     region_classes: int = 0  # detector's classes, background included; 0: as many as the data has
     mirror: float = 0.0  # share of training pictures of vqa and vcr seen mirrored, where such regions are there
     # --- network
     bert: str = "none"  # weights of the sentence encoder: a hub id, a directory, or none
-    tokenizer: str = "none"  # hub id or directory; none: that of --bert, or one trained on the texts
+    tokenizer: str = "none"  # hub id or directory; none: of --bert or official weights, else trained on the texts
     vocab_size: int = 30522  # upper bound where the tokenizer is trained here
     width: int = 768  # of all states
     heads: int = 12  # attention heads
@@ -97,14 +97,14 @@ class Config(common.RunConfig):
     steps: int = 0  # training iterations; 0: from --epochs
     lr: float = 1e-4  # peak learning rate
     warmup: float = 0.1  # share of the steps in which the rate rises linearly
-    drops: str = ""  # shares of the steps after which the rate falls to drop_factor, like 0.5,0.6; none: linearly to 0
+    drops: str = ""  # shares of the steps, like 0.5,0.6, where drop_factor multiplies the rate; none: linearly to 0
     drop_factor: float = 0.1  # see drops
     weight_decay: float = 0.01  # on matrices and embeddings, not on norms and biases
     beta2: float = 0.999  # AdamW's second moment; the first is 0.9
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     grad_clip_value: float = 0.0  # largest entry of a gradient; 0: no clipping
     label_smoothing: float = 0.0  # captions: share of the target's probability that the other words get
-    max_len: int = 34  # word pieces of a text, to which HERE[tden-12]: [CLS] and [SEP] come; of vcr question and answer
+    max_len: int = 34  # word pieces of a text, special ones (HERE[tden-12]: never cut) apart; of vcr question + answer
     max_len_rationale: int = 63  # the same, of vcr with its rationale
     train_on: str = "train"  # of vqa: train | train+val (but for 3,000 questions) | train+val+vg (Visual Genome)
     # --- decoding. OFFICIAL: beam 2, at most 20 tokens, sum of log p
@@ -134,8 +134,8 @@ RECIPES = {
         train_on="train+val+vg"),
     ("retrieval", "base"): dict(
         batch=512, epochs=100.0, lr=2e-5, weight_decay=0.0, warmup=0.1, drops="0.3,0.6", dropout=0.2, drop_sentence=0.1,
-        drop_object=0.1, max_len=28, grad_clip=2.0),  # HERE[tden-13] (not in the paper): one caption a picture
-    ("vcr", "base"): dict(
+        drop_object=0.1, max_len=28, grad_clip=2.0),  # HERE[tden-13]: a caption a picture. HERE[tden-15]: dropout
+    ("vcr", "base"): dict(  # HERE[tden-16]: without the second pre-training, on VCR itself
         batch=64, epochs=20.0, lr=2e-5, warmup=0.05, drops="0.2,0.4", grad_clip=1.0, max_len=35, mirror=0.5),
     ("caption", "base"): dict(
         batch=80, captions_per_image=5, epochs=10.0, lr=3e-5, weight_decay=0.0, warmup=0.2, grad_clip_value=0.1,
@@ -144,16 +144,15 @@ RECIPES = {
         batch=480, captions_per_image=5, epochs=50.0, lr=5e-6, weight_decay=0.0, warmup=0.0, drops="0.36,0.72",
         drop_factor=0.8, grad_clip_value=0.1, max_len=19),
     # HERE[tden-9] (not in the paper): a minute each after tiny's pre-training
-    ("vqa", "tiny"): dict(steps=300, lr=5e-4),
-    ("retrieval", "tiny"): dict(steps=300, lr=5e-4),
+    ("vqa", "tiny"): dict(steps=300, lr=5e-4), ("retrieval", "tiny"): dict(steps=300, lr=5e-4),
     ("vcr", "tiny"): dict(steps=300, lr=5e-4, batch=32, max_len=40, max_len_rationale=60),
     ("caption", "tiny"): dict(steps=300, lr=5e-4, captions_per_image=3, label_smoothing=0.1),
     ("scst", "tiny"): dict(steps=100, lr=1e-4, batch=50, captions_per_image=5, warmup=0.0),
-    ("caption", "small"): dict(captions_per_image=3, label_smoothing=0.1),
+    ("caption", "small"): dict(captions_per_image=3, label_smoothing=0.1), ("retrieval", "small"): dict(lr=2e-4),
     ("scst", "small"): dict(epochs=2.0, lr=1e-4, batch=50, captions_per_image=5, warmup=0.0),
 }  # fmt: skip
 
-TASKS = ("pretrain", "retrieval", "vqa", "vcr", "caption", "scst")
+DECODING, TASKS = ["beam", "max_new"], ("pretrain", "retrieval", "vqa", "vcr", "caption", "scst")
 QUESTION_TASKS = ("vqa", "vcr")
 PARTS = ("cross_encoder.", "cross_decoder.", "lm_head.", "moc_head.", "ism.", "answer_head.")  # that some tasks lack
 TEXT = ("ids", "segments", "keep_mask", "targets", "labels")  # what a question's rows take from a loader's batch
@@ -267,8 +266,8 @@ class AttentionPooler(nn.Module):
 
     def forward(self, x, keep_mask):
         weights = self.weigh(x).masked_fill(~keep_mask[:, :, None], -math.inf).softmax(dim=1)  # [R, T, 1]
-        y = self.embed((weights * x).sum(1))
-        return self.norm(y) if len(y) > 1 else self.norm.eval()(y)  # one vector alone has no batch statistics
+        self.norm.train(self.training and len(x) > 1)  # one vector alone has no batch statistics
+        return self.norm(self.embed((weights * x).sum(1)))
 
 
 class TokenEmbedding(nn.Module):
@@ -308,7 +307,7 @@ class TDEN(nn.Module, ask.Verbs):
     """Two encoders, a cross-modal encoder, a cross-modal decoder, and the heads of `cfg.task`.
 
     tokenizer: with a mask token. answers: the classes of vqa. For users: `from_run`, and the verbs of tools/ask.py:
-    caption(picture), score(picture, text), answer_to(picture, question).
+    caption(picture), score(picture, text), answer(picture, question).
     """
 
     def __init__(self, cfg: Config, tokenizer: data.Tokenizer | None = None, answers: tuple[str, ...] = ()):
@@ -321,8 +320,8 @@ class TDEN(nn.Module, ask.Verbs):
         if cfg.task in ("pretrain", "vqa", "vcr") or (cfg.task != "retrieval" and not cfg.decoupled):
             self.cross_encoder = nn.ModuleList(UnderstandingBlock(*sizes) for _ in range(cross_depth(cfg)))
         if cfg.task not in ("retrieval", "vcr") and cfg.decoupled:
-            n = cfg.decoder_layers or cfg.cross_layers
-            self.cross_decoder = nn.ModuleList(GenerationBlock(*sizes) for _ in range(n))
+            depth = range(cfg.decoder_layers or cfg.cross_layers)
+            self.cross_decoder = nn.ModuleList(GenerationBlock(*sizes) for _ in depth)
         if cfg.task in ("pretrain", "caption", "scst"):
             self.lm_head = Head(cfg.width, cfg.vocab_size)  # OFFICIAL: MLM and MSG share it; HERE[tden-5]: untied
         if cfg.task == "pretrain" and cfg.region_classes:
@@ -339,7 +338,8 @@ class TDEN(nn.Module, ask.Verbs):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.cfg.init_std)
-                nn.init.zeros_(getattr(module, "bias", module.weight[:0]))
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def see(self, batch) -> list:
         """features [B, N, D_in], locations [B, N, 5], region_keep_mask [B, N] -> [B, N, D] after each object layer."""
@@ -403,7 +403,7 @@ class TDEN(nn.Module, ask.Verbs):
             t = self.read(batch["ids"], torch.zeros_like(batch["ids"]), keep_mask[:, None, None])
             image = self.ism.of_image(v, batch["region_keep_mask"]).repeat_interleave(len(t) // len(v[0]), 0)
             return {"image": image, "text": self.ism.of_text(t, keep_mask)}
-        return self.answer(batch) if self.cfg.task in QUESTION_TASKS else {"logits": self.tell(batch)}
+        return self.judge(batch) if self.cfg.task in QUESTION_TASKS else {"logits": self.tell(batch)}
 
     def pretrain(self, batch: dict) -> dict:
         """A batch of `corrupt` -> logits of MLM and MSG [words to predict, V] and of MOC [masked regions, C]; in the
@@ -416,7 +416,6 @@ class TDEN(nn.Module, ask.Verbs):
         whole = keep[:, None, None].expand(-1, 1, keep.size(1), -1)  # [R, 1, T, T]
         causal = whole.tril()
         u, g = self.read(ids, types, torch.cat([whole, causal])).chunk(2)
-
         v_last, t = self.understand(v_states[-1], u, torch.cat([seen, keep], dim=1)[:, None, None])
         # PAPER: messages pass from regions to words alone. OFFICIAL: the memory is what the cross-modal encoder made of
         # the regions, which has read the whole sentence. HERE[tden-1]: the paper's, unless asked for.
@@ -443,7 +442,7 @@ class TDEN(nn.Module, ask.Verbs):
         g = self.read(ids, torch.ones_like(ids), keep, caches and caches[:n], start)
         return self.generate(g, kvs, keep, region_keep_mask, caches and caches[n:])
 
-    def answer(self, batch: dict) -> dict:
+    def judge(self, batch: dict) -> dict:
         """ids, segments, keep_mask [R, T], regions of B pictures -> {"u": [R, answers], and in vqa "g"}, logits."""
         keep, k = batch["keep_mask"], len(batch["ids"]) // len(batch["features"])
         seen = batch["region_keep_mask"].repeat_interleave(k, 0)
@@ -452,8 +451,8 @@ class TDEN(nn.Module, ask.Verbs):
         both = torch.cat([seen, keep], dim=1)[:, None, None]
         v_states, u = self.understand(v.repeat_interleave(k, 0), t, both)
         g = None
-        if hasattr(self, "cross_decoder"):  # OFFICIAL: here it reads the whole question, like the encoder
-            memory = v_states[-1] if self.cfg.decoder_memory == "understanding" else v
+        if hasattr(self, "cross_decoder"):  # OFFICIAL: it reads the whole question and cross-modal regions;
+            memory = v_states[-1] if self.cfg.decoder_memory == "understanding" else v  # HERE[tden-1]: as pre-trained
             g = self.generate(t, self.memory(memory), keep[:, None, None], batch["region_keep_mask"])
         return self.answer_head(v_states, u, g, seen, keep)
 
@@ -482,7 +481,7 @@ class TDEN(nn.Module, ask.Verbs):
     def answer_scores(self, batch: dict):
         """Questions -> [B, answers], of VCR [B, 4]. OFFICIAL: the sum of softmax(u) and softmax(g)."""
         rows = regions.of_batch(batch, self.cfg.max_regions) | {name: batch[name] for name in TEXT if name in batch}
-        out = {branch: logits.float() for branch, logits in self.answer(data.to_device(self, rows)).items()}
+        out = {branch: logits.float() for branch, logits in self.judge(data.to_device(self, rows)).items()}
         return out["u"].view(-1, 4) if self.cfg.task == "vcr" else sum(logits.softmax(-1) for logits in out.values())
 
     @classmethod
@@ -524,16 +523,16 @@ def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator
     k = len(ids) // len(batch["regions"])  # captions of each picture; each pair has a corruption of its own
     may_mask = keep & (ids != tok.bos) & (ids != tok.eos)
     shown, mlm_labels = data.mask_words(ids, may_mask, tok.mask, cfg.vocab_size, cfg.word_mask, luck)
-    regions_of = {name: batch[f"regions{name}"].repeat_interleave(k, 0) for name in ("", "_boxes", "_locations",
-                  "_keep_mask", *(["_classes"] if "regions_classes" in batch else []))}  # fmt: skip
-    seen = regions_of["_keep_mask"]
+    seen_by = {name: x.repeat_interleave(k, 0) for name, x in batch.items() if name.startswith("regions")}
+    seen, classes = seen_by["regions_keep_mask"], seen_by.get("regions_classes")
     is_masked = (torch.rand(seen.shape, generator=luck) < cfg.region_mask) & seen
-    features, is_zero = corrupt_regions(regions_of[""], regions_of["_boxes"], is_masked)
-    rows = regions.with_global(features, regions_of["_locations"], seen, (seen & ~is_zero).sum(1))
-    if "_classes" in regions_of and cfg.region_classes:
-        rows |= {"moc_targets": regions_of["_classes"], "region_is_masked": is_masked}
-    # PAPER (MSG): the next word of the true sentence, at every position. OFFICIAL: after a corrupted prefix, the same
-    # corrupted sentence being the input of both copies.
+    features, is_zero = corrupt_regions(seen_by["regions"], seen_by["regions_boxes"], is_masked)
+    rows = regions.with_global(features, seen_by["regions_locations"], seen, (seen & ~is_zero).sum(1))
+    if cfg.region_classes:  # where this batch has none, there is nothing to predict
+        targets = features.new_zeros(*seen.shape, cfg.region_classes) if classes is None else classes
+        rows |= {"moc_targets": targets, "region_is_masked": is_masked & (classes is not None)}
+    # OFFICIAL (MSG): at every position the next word of the true sentence, after a corrupted prefix: the same corrupted
+    # sentence is the input of both copies.
     msg_labels = F.pad(ids[:, 1:].masked_fill(~keep[:, 1:], NOTHING), (0, 1), value=NOTHING)
     return rows | {"u_ids": shown, "g_ids": shown, "keep_mask": keep, "mlm_labels": mlm_labels,
                    "msg_labels": msg_labels, "image_ids": data.picture_numbers(batch, k)}  # fmt: skip
@@ -610,8 +609,8 @@ def second_inputs(batch: dict, mlm_logits, msg_logits, mode="argmax", probabilit
     is_masked = batch["mlm_labels"] != NOTHING
 
     def words(logits, is_place):
-        p = logits.detach().float().softmax(-1)
-        chosen = p.argmax(-1) if mode == "argmax" else torch.multinomial(p, 1)[:, 0] if len(p) else p.new_zeros(0)
+        logits, draws = logits.detach().float(), mode == "sample" and len(logits) > 0
+        chosen = torch.multinomial(logits.softmax(-1), 1)[:, 0] if draws else logits.argmax(-1)
         return torch.zeros_like(batch["u_ids"]).masked_scatter(is_place, chosen.long())
 
     in_u, next_words = words(mlm_logits, is_masked), words(msg_logits, batch["msg_labels"] != NOTHING)
@@ -658,7 +657,7 @@ def losses(cfg: Config, out: dict, rows: dict) -> dict:
             found["ism"] = loss_ism(out["text"], out["image"], rows["image_ids"], cfg.margin, cfg.hardest)
         return found
     if cfg.task == "retrieval":  # OFFICIAL: here a sum, over a GPU's 128 pairs: it matters to the clipping of gradients
-        hinge = loss_ism(out["text"], out["image"], rows["image_ids"], cfg.margin, cfg.hardest)
+        hinge = loss_ism(out["text"], out["image"], rows["image_ids"], cfg.margin, cfg.hardest)  # HERE[tden-11]
         return {"ism": hinge * min(cfg.batch, 128) if cfg.hardest else hinge}
     if cfg.task == "vqa":
         return {name: loss_answers(out[name], rows["targets"]) for name in ("u", "g") if name in out}
@@ -802,8 +801,7 @@ def official_sizes(state: dict) -> dict:
     """Config fields from the shapes in a state dict of xmodaler's; heads are 64 wide."""
     def depth(prefix: str) -> int:
         return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
-
-    if "token_embed.embeddings.weight" not in state:
+    if not state.keys() >= {"token_embed.embeddings.weight", "visual_embed.embeddings.weight"}:
         raise UserError(f"no checkpoint of xmodaler's TDEN; its first keys are {', '.join(map(str, list(state)[:3]))}")
     sizes = {name: state[f"{key}.weight"].size(dim) for name, (key, dim) in SHAPES.items() if f"{key}.weight" in state}
     sizes |= {"sentence_layers": depth("encoder.layers."), "object_layers": depth("encoder.v_layers.")}
@@ -863,31 +861,30 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
     official, bert, sizes, told = None, None, {}, ""
     if not checkpoint and cfg.init != "none":
         official = common.read_tensors(Path(cfg.init))
-        official = official.get("model", official)
-        sizes = official_sizes(official)
-        if sizes["feature_dim"] != cfg.feature_dim:
-            raise UserError(f"{cfg.init} reads region features of {sizes['feature_dim']} numbers, the data's have "
-                            f"{cfg.feature_dim}: extract bottom-up attention's, or train without --init")  # fmt: skip
+        official = official.get("model", official) if isinstance(official, dict) else {}
+        sizes = official_sizes(official) | ({"decoder_memory": cfg.decoder_memory} if cfg.decoder_memory else {})
+        for name in ("feature_dim", "region_classes")[: 1 + (cfg.task == "pretrain" and cfg.region_classes > 0)]:
+            if sizes.get(name, getattr(cfg, name)) != getattr(cfg, name):
+                raise UserError(f"{cfg.init} reads regions with --{name.replace('_', '-')} {sizes[name]}, the data has "
+                                f"{getattr(cfg, name)}: extract bottom-up attention's, or train without --init")
     elif not checkpoint and cfg.bert != "none":
         bert = weights.read_weights(cfg.bert)
         sizes = {ours: bert[0][theirs] for ours, theirs in BERT_SIZES.items() if theirs in bert[0]}
-    for name, value in sizes.items():
+    for name, value in ({"decoder_memory": cfg.decoder_memory or "object"} | sizes).items():
         setattr(cfg, name, value)
     check(cfg)
-    tokenizer = weights.choose_tokenizer(cfg, cfg.bert, checkpoint, corpus, "wordpiece", bool(sizes))
+    theirs = "bert-base-uncased" if official and cfg.bert == "none" else cfg.bert  # xmodaler's words are BERT's
+    tokenizer = weights.choose_tokenizer(cfg, theirs, checkpoint, corpus, "wordpiece", bool(sizes))
     if tokenizer.mask is None:
         raise UserError("this tokenizer has no mask token, which pre-training shows: take BERT's")
-    answers = tuple(corpus.answers) if corpus else ()
-    file = (checkpoint or Path(cfg.init)).parent / "answers.json"
-    if cfg.task == "vqa" and (checkpoint or "predictor.u_logits.1.bias" in (official or ())) and file.is_file():
-        answers = tuple(common.read_json(file))
-    elif cfg.task == "vqa" and "predictor.u_logits.1.bias" in (official or ()):
-        raise UserError(f"which answer is which in {cfg.init}? Put the list of them, in its order, into {file}")
+    has_answers = "predictor.u_logits.1.bias" in (official or ())
+    answers = weights.known_answers(corpus, checkpoint, cfg.init, has_answers) if cfg.task == "vqa" else ()
     model = TDEN(cfg, tokenizer, answers)
     if checkpoint and common.read_json(checkpoint.parent / "config.json")["task"] == cfg.task:
         common.load_model_weights(model, checkpoint)
     elif checkpoint:  # pre-trained, or trained for another task
         state, same = common.read_tensors(checkpoint / "model.safetensors"), {name: name for name in model.state_dict()}
+        state = {name: x for name, x in state.items() if not name.startswith("answer_head.")}  # of another task
         told = weights.load_parts(model, state, same, PARTS, str(checkpoint))
     elif official is not None:
         told = load_official(model, official)
@@ -910,7 +907,7 @@ def samples_of(cfg: Config, model: TDEN, corpus, items, task="qa", answer=None, 
 
 
 def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | None = None) -> None:
-    """The loop. `checkpoint`: go on from its step with its optimizer; all that is random follows from seed and step."""
+    """The loop. `checkpoint`: go on from its step with its optimizer. Luck follows from seed, step and process."""
     model.to(machine.device)
     optimizer = common.adamw(model, lambda name: cfg.lr, cfg.weight_decay, (0.9, cfg.beta2), all_matrices=True)
     start, best, is_due = run.go_on(checkpoint, optimizer)
@@ -921,10 +918,11 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
     loaders = [data.train_loader(one, cfg.batch // cfg.captions_per_image, machine.workers, machine.rank,
                                  machine.processes, one.seed, start, cfg.steps, pin=machine.device.type == "cuda")
                for one in sets]  # fmt: skip
-    turns = {"pretrain": ["", "_2"][: cfg.passes], "vcr": ["_qa", "_qar"]}.get(cfg.task, [""])  # what an iteration does
+    # An iteration takes turns: pre-training's two passes over one batch, VCR's two batches, or one. Endings in the log:
+    turns = {"pretrain": ["", "_2"][: cfg.passes], "vcr": ["_qa", "_qar"]}.get(cfg.task, [""])
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
     asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
-    # 6 x parameters x tokens, a pair counted at 20 tokens of each part, every copy and pass of it; embeddings too
+    # 6 x parameters x 20 tokens x passes: a lower bound, neither more regions nor the second copy being counted
     log.flops_per_item = 6 * 20 * len(turns) * sum(p.numel() for p in model.parameters())
     ddp = common.spread(model, cfg, machine, (EncoderBlock, UnderstandingBlock, GenerationBlock), find_unused=True)
     if is_due:  # saved, but stopped before its evaluation was over
@@ -945,10 +943,11 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                     luck = torch.Generator().manual_seed(seed + 2**40)  # not the numbers that dropout draws
                     rows = data.to_device(model, rows_of(batch, cfg.task, model.tokenizer, cfg, luck))
                     if is_scst:  # the loader's captions make way for the model's own
-                        luck, k = torch.Generator(machine.device).manual_seed(seed), cfg.captions_per_image
+                        luck, decoder = torch.Generator(machine.device).manual_seed(seed), partial(Decoder, model, rows)
                         with torch.no_grad(), machine.autocast():
-                            rows |= decoding.rewarded_samples(partial(Decoder, model, rows), batch["image_id"], k,
-                                                              model.tokenizer, cider, cfg.max_new, luck, "greedy")[0]
+                            drawn, told = decoding.rewarded_samples(decoder, batch["image_id"], cfg.captions_per_image,
+                                                                    model.tokenizer, cider, cfg.max_new, luck, "greedy")
+                        rows, logged["reward"] = rows | drawn, told["reward"] / cfg.batch
                     here = counts(cfg.task, rows)
                     told = [*here.values(), len(batch["bad"]), stop.signum > 0]
                     *sums, bad_in_all, stops = common.sum_over_processes(told, machine.device)
@@ -973,7 +972,7 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                         del piece["image_ids"]  # OFFICIAL: there is no ISM in the second pass
                 if is_update:
                     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                    common.stop_if_not_finite(norm, sum(logged.values()), batch["image_id"], step + 1, run)
+                    common.stop_if_not_finite(norm, float(sum(logged.values())), batch["image_id"], step + 1, run)
                     if cfg.grad_clip_value:
                         nn.utils.clip_grad_value_(model.parameters(), cfg.grad_clip_value)
                     optimizer.step()
@@ -1005,10 +1004,11 @@ def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine
     n_texts = 1 if cfg.data == "scenes" else 5
     asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
     splits, columns = asked.final(folder, cfg.beam, cfg.official, n_texts)
+    names = "passes two_updates ss_mode ss_prob decoder_memory decoupled hardest init regions beam max_new".split()
     protocol = {
-        **{name: getattr(cfg, name) for name in "passes decoder_memory decoupled init regions beam max_new".split()},
-        "texts_per_picture": n_texts, "notes": corpus.notes, "checkpoint": common.how_chosen(checkpoint),
-        "best_by": exam.BEST_BY[cfg.task], **scoring.CAPTION_PROTOCOL,
+        **{name: getattr(cfg, name) for name in names}, "texts_per_picture": n_texts, "notes": corpus.notes,
+        "checkpoint": common.how_chosen(checkpoint), "best_by": exam.BEST_BY[cfg.task],
+        **(scoring.CAPTION_PROTOCOL if cfg.task in exam.TELLS else {}),
     }  # fmt: skip
     if machine.is_main:
         seconds = time.perf_counter() - started
@@ -1022,7 +1022,6 @@ def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine
 # what --init takes over from the run's config
 SIZES = ("width heads mlp object_layers sentence_layers cross_layers decoder_layers positions vocab_size pooled "
          "answer_pooled feature_dim region_classes decoder_memory decoupled regions bert").split()  # fmt: skip
-DECODING = ["beam", "max_new"]
 
 
 def check(cfg: Config) -> None:
@@ -1030,7 +1029,7 @@ def check(cfg: Config) -> None:
     common.check_numbers(cfg, "batch captions_per_image max_len max_new beam width heads object_layers sentence_layers "
                          "cross_layers positions pooled max_regions max_len_rationale passes")  # fmt: skip
     for name, choices in (("task", TASKS), ("ss-mode", ("argmax", "sample")), ("regions", ("files", "grid")),
-                          ("decoder-memory", ("object", "understanding")), ("passes", (1, 2)),
+                          ("decoder-memory", ("", "object", "understanding")), ("passes", (1, 2)),
                           ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     if cfg.width % cfg.heads:
@@ -1038,7 +1037,8 @@ def check(cfg: Config) -> None:
     corpora.check_task(cfg.task, cfg.data), common.check_drops(cfg)
     shares = "warmup label_smoothing word_mask region_mask ss_prob mirror drop_sentence drop_object drop_cross".split()
     common.check_most(cfg, {**dict.fromkeys(shares, 1), "dropout": 0.99, "beta2": 0.99999, "max_new": cfg.positions,
-                            "max_len": cfg.positions - 4, "max_len_rationale": max(63, cfg.positions - 4)})  # fmt: skip
+                            "max_len": cfg.positions - 4,
+                            "max_len_rationale": cfg.positions - 4 if cfg.task == "vcr" else math.inf})  # fmt: skip
 
 
 def load_data(cfg: Config):
@@ -1051,7 +1051,6 @@ def load_data(cfg: Config):
 
 
 def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
-    """--eval-only, for one of its runs."""
     started, corpus = time.perf_counter(), load_data(cfg)
     model = build(cfg, corpus, checkpoint).to(machine.device)
     return final_evaluation(cfg, model, checkpoint, corpus, machine, folder, started)
@@ -1074,16 +1073,17 @@ def main(argv: list[str] | None = None) -> None:
     if "train" not in corpus.splits:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
     k, pictures = cfg.captions_per_image, cfg.batch // cfg.captions_per_image
-    if pictures < machine.processes * (2 if cfg.task in ("pretrain", "retrieval") else 1):
-        raise UserError(f"--batch {cfg.batch} is too small for {machine.processes} process(es): ISM needs two pictures "
-                        "in each, the other tasks one")  # fmt: skip
+    least = 2 if cfg.task in ("pretrain", "retrieval") else 1
+    if pictures < machine.processes * least or 0 < cfg.micro_batch < (least - 1) * 2 * k:
+        raise UserError(f"--batch {cfg.batch} --micro-batch {cfg.micro_batch}: too small for {k} captions a picture on "
+                        f"{machine.processes} processes; ISM needs two pictures in each piece, other tasks one")
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
     run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("tden", cfg, machine)
     if model.answers and machine.is_main:
         common.write_json(run.path / "answers.json", list(model.answers))
-    shape = f"{cfg.steps} steps of {pictures} pictures" + (f" x {k} captions" if k > 1 else "")
+    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {k} captions" * (k > 1)
     common.announce(f"TDEN ({cfg.task}): {shape}", model, cfg, machine, corpus, run)
     try:
         train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)

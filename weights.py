@@ -13,7 +13,7 @@ import torch
 
 import corpora
 import data
-from common import UserError, read_tensors
+from common import UserError, read_json, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -64,6 +64,17 @@ def choose_tokenizer(cfg, official: str, checkpoint, corpus, kind: str, is_fixed
     elif tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the word embedding {cfg.vocab_size}")
     return tokenizer
+
+
+def known_answers(corpus, checkpoint: Path | None, init: str, has_answers: bool) -> tuple[str, ...]:
+    """VQA's answers by class: a run's own, those listed beside official weights that have an answer head, or the
+    corpus'. UserError where such weights come without a list: nothing else says which of their answers is which."""
+    file = (checkpoint or Path(init)).parent / "answers.json"
+    if (checkpoint or has_answers) and file.is_file():
+        return tuple(read_json(file))
+    if has_answers:
+        raise UserError(f"which answer is which in {init}? Put the list of them, in its order, into {file}")
+    return tuple(corpus.answers) if corpus else ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

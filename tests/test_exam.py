@@ -187,14 +187,14 @@ def test_verbs():
     assert model.seen == [(1, 3), (1, 1)]
     assert model.score("test:0", "x") == pytest.approx(0.6)
     model.seen.clear()
-    assert model.answer_to("test:0", "Is it a RED circle.") == "two"
+    assert model.answer("test:0", "Is it a RED circle.") == "two"
     tok, (ids, pictures, whole) = model.tokenizer, model.seen[0]
     wanted = [tok.bos, *tok.encode("is it a red circle")[:4], tok.eos]
     assert ids.tolist() == [wanted] and pictures == 1 and whole
     for lacking, verb, told in (
         ("lm_head", lambda m: m.caption("test:0"), "no captions: take a run of --task pretrain"),
         ("ism", lambda m: m.score("test:0", "x"), "no similarities: take a run"),
-        ("answers", lambda m: m.answer_to("test:0", "x"), "no answers: take a run of --task vqa"),
+        ("answers", lambda m: m.answer("test:0", "x"), "no answers: take a run of --task vqa"),
     ):
         model = Model()
         setattr(model, lacking, ())

@@ -963,10 +963,10 @@ def test_verbs_of_users(tuned, pretrained, tmp_path, capsys):
     assert said("--caption", "test:3", "--max-new", 2, "--init", pretrained) == f"test:3: {model.caption('test:3')}\n"
     answers = read(tuned("vqa") / "answers.json")
     asked = tden.TDEN.from_run(str(tuned("vqa")))
-    assert list(asked.answers) == answers and len(answers) > 2 and asked.answer_to("test:1", "How many?") in answers
+    assert list(asked.answers) == answers and len(answers) > 2 and asked.answer("test:1", "How many?") in answers
     replies = said("--ask", "test:1", "How many circles are there?", "Is there a cross?", "--init", tuned("vqa"))
     question = "How many circles are there?"
-    assert replies.splitlines()[0] == f"{question}  {asked.answer_to('test:1', question)}"
+    assert replies.splitlines()[0] == f"{question}  {asked.answer('test:1', question)}"
     for argv, told in (
         (["--caption", "test:3", "--init", tuned("vqa")], "vqa and gives no captions: take a run of --task pre"),
         (["--score", "test:3", "x", "--init", tuned("caption")], "gives no similarities"),

@@ -19,7 +19,10 @@ COMMANDS = {
 
 def answer_commands(command, given: dict, model_class, model_name: str, decoding: list[str], check) -> None:
     """A line for each picture, text or question. command: the namespace of `common.parse_flags`."""
-    asked = next(name for name in ("caption", "score", "ask") if getattr(command, name))
+    all_asked = [name for name in ("caption", "score", "ask") if getattr(command, name)]
+    if len(all_asked) > 1 or command.eval_only is not None:
+        raise UserError(f"--{all_asked[0]} and {', '.join(all_asked[1:]) or 'eval-only'}: give one of them at a time")
+    asked = all_asked[0]
     common.allow(given, ["init", "device", *decoding], f"--{asked}")
     first, *rest = getattr(command, asked)
     if given.get("init", "none") == "none":
@@ -35,7 +38,7 @@ def answer_commands(command, given: dict, model_class, model_name: str, decoding
     for text in rest if asked == "score" else ():
         print(f"{model.score(first, text):.3f}  {text}")
     for question in rest if asked == "ask" else ():
-        print(f"{question}  {model.answer_to(first, question)}")
+        print(f"{question}  {model.answer(first, question)}")
 
 
 class Verbs:
@@ -53,7 +56,7 @@ class Verbs:
         self._need("ism", "--task pretrain or retrieval", "similarities")
         return (self.encode_texts([text]) @ self.encode_images(self._look(picture)).T).item()
 
-    def answer_to(self, picture, question: str) -> str:
+    def answer(self, picture, question: str) -> str:
         """The most probable answer."""
         self._need("answers", "--task vqa", "answers")
         tok, ids = self.tokenizer, self.tokenizer.encode(data.clean_caption(question), self.cfg.max_len)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ class Exam:
 
     @torch.no_grad()
     def gallery(self, items, texts) -> dict:
-        """{image_id: score of each text}."""
-        loader = self._loader(items)
-        with self.machine.autocast():
-            return scoring.score_gallery(self.model.encode_images, self.model.encode_texts, lambda v, t: v @ t.T,
-                                         loader, texts)  # fmt: skip
+        """{image_id: score of each text}, in float32: of products in bf16, which has 8 bits, many would be equal."""
+        def encoded(encode, what):
+            with self.machine.autocast():
+                return encode(what).float()
+
+        encoders = partial(encoded, self.model.encode_images), partial(encoded, self.model.encode_texts)
+        return scoring.score_gallery(*encoders, lambda v, t: v @ t.T, self._loader(items), texts)
 
     @torch.no_grad()
     def scores(self, items, *which) -> dict:
@@ -72,7 +75,7 @@ class Exam:
         return scoring.score_examples(self.corpus, items, *(self.scores(items, *way) for way in ways))[0]
 
     def validate(self, cfg, run, log, step: int, best: float) -> float:
-        """On the first val samples; moves `best` if they are; returns the best value so far.
+        """On the first val samples; moves `best` where they are no worse than before; returns the best value so far.
 
         step_N is saved already: what fails here costs nothing, and --resume begins with it.
         """

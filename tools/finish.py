@@ -21,6 +21,8 @@ def tell(columns: dict, run: common.Run, task: str, started: float, program: str
     if all("caption_true" in column for column in seen):
         print(f"{judge.how_it_sees(*seen)}\n")
     print(f"{run.path / 'samples.png'}: test pictures {SHOWS.get(task, 'with captions')}")
+    if (run.path / "ranking.png").exists():
+        print(f"{run.path / 'ranking.png'}: the picture that was ranked first for each text")
     print(f"{run.path / 'metrics.json'}: this table\n{curves(run.path / 'curves.png', run.path / 'log.jsonl')}")
     print(f"go on: python {program} {NEXT.get(task, '--caption PICTURE --init')} {shlex.quote(str(run.path))}")
     print(f"{time.perf_counter() - started:.0f} seconds in all")
