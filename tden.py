@@ -59,7 +59,7 @@ class Config(common.RunConfig):
     ss_mode: str = "argmax"  # HERE[tden-2]: the first pass's word, argmax | sample (drawn)
     ss_prob: float = 1.0  # HERE[tden-2]: probability that a masked word is replaced by it
     two_updates: bool = True  # HERE[tden-3]: an update after each pass; off: one, of both passes' losses
-    decoder_memory: str = ""  # HERE[tden-1]: region states for the decoder: object | understanding; none: object
+    decoder_memory: str = "auto"  # HERE[tden-1]: region states for the decoder, object | understanding; auto: object
     decoupled: bool = True  # off: one network for both, in pre-training of about as many parameters (an ablation)
     margin: float = 0.2  # of ISM's hinge
     hardest: bool = True  # of ISM: the batch's hardest negatives; HERE[tden-14]: off in tiny and small, see loss_ism
@@ -854,15 +854,14 @@ def load_bert(model: TDEN, state: dict) -> str:
 
 
 def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
-    """The model with its tokenizer and first weights: a run's, official ones, or random ones.
-
-    Official weights bring their sizes along, so cfg is changed here to what was really built.
-    """
+    """The model with tokenizer and first weights: a run's, official ones, or random ones. Official weights bring their
+    sizes along, so cfg is changed here to what was really built."""
     official, bert, sizes, told = None, None, {}, ""
     if not checkpoint and cfg.init != "none":
         official = common.read_tensors(Path(cfg.init))
         official = official.get("model", official) if isinstance(official, dict) else {}
-        sizes = official_sizes(official) | ({"decoder_memory": cfg.decoder_memory} if cfg.decoder_memory else {})
+        chosen = {} if cfg.decoder_memory == "auto" else {"decoder_memory": cfg.decoder_memory}
+        sizes = official_sizes(official) | chosen
         for name in ("feature_dim", "region_classes")[: 1 + (cfg.task == "pretrain" and cfg.region_classes > 0)]:
             if sizes.get(name, getattr(cfg, name)) != getattr(cfg, name):
                 raise UserError(f"{cfg.init} reads regions with --{name.replace('_', '-')} {sizes[name]}, the data has "
@@ -870,7 +869,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> TDEN:
     elif not checkpoint and cfg.bert != "none":
         bert = weights.read_weights(cfg.bert)
         sizes = {ours: bert[0][theirs] for ours, theirs in BERT_SIZES.items() if theirs in bert[0]}
-    for name, value in ({"decoder_memory": cfg.decoder_memory or "object"} | sizes).items():
+    for name, value in ({"decoder_memory": cfg.decoder_memory.replace("auto", "object")} | sizes).items():
         setattr(cfg, name, value)
     check(cfg)
     theirs = "bert-base-uncased" if official and cfg.bert == "none" else cfg.bert  # xmodaler's words are BERT's
@@ -1029,7 +1028,7 @@ def check(cfg: Config) -> None:
     common.check_numbers(cfg, "batch captions_per_image max_len max_new beam width heads object_layers sentence_layers "
                          "cross_layers positions pooled max_regions max_len_rationale passes")  # fmt: skip
     for name, choices in (("task", TASKS), ("ss-mode", ("argmax", "sample")), ("regions", ("files", "grid")),
-                          ("decoder-memory", ("", "object", "understanding")), ("passes", (1, 2)),
+                          ("decoder-memory", ("auto", "object", "understanding")), ("passes", (1, 2)),
                           ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     if cfg.width % cfg.heads:

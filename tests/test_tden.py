@@ -405,14 +405,21 @@ def test_shares_of_the_corruption():
     assert not torch.equal(rows["u_ids"], other["u_ids"]) and not torch.equal(rows["features"], other["features"])
 
 
-def test_without_classes_there_is_no_moc():
+def test_without_classes_there_is_nothing_for_moc_to_predict():
+    """A batch of files without class probabilities names the same losses as one with them, on every process."""
     batch = {name: x for name, x in loaded().items() if name != "regions_classes"}
-    for cfg, rows in ((tiny(), batch), (tiny(region_classes=0), loaded())):
-        corrupted = tden.corrupt(rows, TOK, cfg, torch.Generator())
-        assert not {"moc_targets", "region_is_masked"} & set(corrupted)
-        model = network(region_classes=cfg.region_classes)
-        assert list(tden.losses(cfg, model(corrupted), corrupted)) == ["mlm", "msg", "ism"]
-        assert tden.counts("pretrain", corrupted)["moc"] == 0, "the same keys on every process"
+    corrupted = tden.corrupt(batch, TOK, tiny(region_mask=1.0), torch.Generator())
+    assert tden.counts("pretrain", corrupted)["moc"] == 0
+    found = tden.losses(tiny(), network()(corrupted), corrupted)
+    assert list(found) == ["mlm", "msg", "moc", "ism"] and found["moc"] == 0
+
+
+def test_a_detector_without_classes_has_no_moc():
+    cfg = tiny(region_classes=0)
+    corrupted = tden.corrupt(loaded(), TOK, cfg, torch.Generator())
+    assert not {"moc_targets", "region_is_masked"} & set(corrupted)
+    assert list(tden.losses(cfg, network(region_classes=0)(corrupted), corrupted)) == ["mlm", "msg", "ism"]
+    assert tden.counts("pretrain", corrupted)["moc"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,12 +818,16 @@ def test_official_weights_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_init_from_an_official_file(tmp_path, wrapped, capsys):
+def test_init_from_an_official_file(tmp_path, wrapped, capsys, monkeypatch):
     """--init FILE: sizes are the file's, whatever the preset; decoding and --resume need it no more."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model, state = official("pretrain", vocab_size=800, positions=64)
     torch.save({"model": state, "iteration": 3, "optimizer": {}} if wrapped else state, tmp_path / "tden.pth")
-    run("--init", tmp_path / "tden.pth", "--task", "caption", "--out", tmp_path / "r", "--steps", 1, "--lr", 1e-12,
-        "--val-items", 2, "--test-scenes", 2, "--max-new", 3)  # fmt: skip
+    flags = ["--task", "caption", "--steps", 1, "--lr", 1e-12, "--val-items", 2, "--test-scenes", 2, "--max-new", 3]
+    with pytest.raises(UserError, match="tokenizer 'bert-base-uncased'"):  # its words are BERT's, not some trained here
+        run("--init", tmp_path / "tden.pth", *flags, "--out", tmp_path / "none")
+    data.Tokenizer.train(map(data.clean_caption, SAYS), 800, "wordpiece").save(tmp_path / "words")
+    run("--init", tmp_path / "tden.pth", *flags, "--tokenizer", tmp_path / "words", "--out", tmp_path / "r")
     told = capsys.readouterr().out
     assert "note: xmodaler's TDEN: has cross_decoder, lm_head, object_encoder, region_embedding" in told
     (tmp_path / "tden.pth").unlink()
@@ -830,8 +841,14 @@ def test_init_from_an_official_file(tmp_path, wrapped, capsys):
 def test_official_files_of_other_data_are_refused(tmp_path):
     _, state = official("pretrain", feature_dim=D_IN)
     torch.save(state, tmp_path / "tden.pth")
-    with pytest.raises(UserError, match="reads region features of 6 numbers, the data's have 768"):
+    with pytest.raises(UserError, match="reads regions with --feature-dim 6, the data has 768"):
         run("--init", tmp_path / "tden.pth", "--out", tmp_path / "r")
+    torch.save(official("pretrain", region_classes=7)[1], tmp_path / "tden.pth")
+    with pytest.raises(UserError, match="reads regions with --region-classes 7, the data has 25"):
+        run("--init", tmp_path / "tden.pth", "--out", tmp_path / "r")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(UserError, match="no checkpoint of xmodaler's TDEN"):
+        run("--init", tmp_path / "tensor.pth", "--out", tmp_path / "r")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="no checkpoint of xmodaler's TDEN; its first keys are a"):
         run("--init", tmp_path / "other.pth", "--out", tmp_path / "r")
@@ -931,7 +948,8 @@ def test_a_downstream_run_and_its_evaluation(tuned, tmp_path, task, capsys):
     """What it logs, measures and says; --eval-only finds the same; weights that both have come from pre-training."""
     folder = tuned(task)
     metrics, records = read(folder / "metrics.json"), common.read_log(folder / "log.jsonl")
-    logged = {"retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice_qa", "choice_qar"]}.get(task, [task])
+    logged = {"retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice_qa", "choice_qar"],
+              "scst": ["reward", "scst"]}.get(task, [task])  # fmt: skip
     steps = [r for r in records if "lr" in r]
     assert all(list(r)[1 : 1 + len(logged)] == logged and "lr" == list(r)[1 + len(logged)] for r in steps)
     assert metrics["model"] == "tden" and metrics["task"] == task and metrics["protocol"]["best_by"] == METRICS[task]
@@ -989,12 +1007,13 @@ def test_verbs_of_users(tuned, pretrained, tmp_path, capsys):
         (["--task", "vqa", "--data", "coco"], "--task vqa needs questions about pictures: --data scenes or vqa, not c"),
         (["--data", "vqa"], "vqa has questions, no captions, which --task pretrain trains on"),
         (["--task", "scst"], "--task scst refines a trained model: add --init RUN"),
-        (["--batch", "1", "--train-scenes", "9"], "--batch 1 is too small for 1 process(es): ISM needs two pictures"),
-        (["--batch", "2", "--captions-per-image", "3"], "--batch 2 is too small"),
+        (["--batch", "1", "--train-scenes", "9"], "--batch 1 --micro-batch 0: too small for 1 captions a picture"),
+        (["--micro-batch", "1"], "ISM needs two pictures in each piece"),
+        (["--batch", "2", "--captions-per-image", "3"], "too small for 3 captions a picture"),
         (["--width", "30", "--heads", "4"], "--width 30 --heads 4: the first must be a multiple of the second"),
         (["--ss-mode", "drawn"], "--ss-mode drawn: it is one of argmax, sample"),
         (["--passes", "3"], "--passes 3: it is one of 1, 2"),
-        (["--decoder-memory", "words"], "it is one of object, understanding"),
+        (["--decoder-memory", "words"], "it is one of auto, object, understanding"),
         (["--regions", "boxes"], "it is one of files, grid"),
         (["--train-on", "val"], "it is one of train, train+val, train+val+vg"),
         (["--word-mask", "1.5"], "--word-mask 1.5: give 1 or less"),
