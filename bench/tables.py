@@ -77,7 +77,7 @@ PLANS = {
         )),
         Table("retrieval", 300, "true@1 R@1 R@5", TDEN_STARTS),
         Table("vqa", 300, "vqa_accuracy vqa_accuracy_yes/no vqa_accuracy_color", TDEN_STARTS),
-        Table("vcr", 100, "vcr_qa vcr_qar vcr_q2ar", TDEN_STARTS),
+        Table("vcr", 100, "vcr_qa vcr_qar vcr_q2ar", TDEN_STARTS[:2]),
         Table("caption", 300, "caption_true CIDEr_D BLEU_4", TDEN_STARTS),
     ),
 }  # fmt: skip

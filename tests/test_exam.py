@@ -216,3 +216,29 @@ def test_what_a_run_says_at_its_end(tmp_path, capsys):
         assert f"go on: python my.py {go_on} {tmp_path}" in told and "metrics.json: this table" in told
         assert ("of the captions are true" in told) == (task == "pretrain") and "seconds in all" in told
     assert (tmp_path / "curves.png").exists()
+
+
+def test_scores_of_a_gallery_are_no_bf16_products():
+    """Of two pictures that only float32 tells apart, the nearer one is first."""
+    test, model, _ = asked("retrieval")
+    near = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 2**-7]])  # as 1 + 2^-7 is, their products with the text are too fine
+
+    class Two(Knows):
+        def encode_images(self, batch):
+            return near[: len(batch["image_id"])]
+
+        def encode_texts(self, texts):
+            return torch.tensor([[1.0, 2**-6]])
+
+    test.model, test.machine = Two(), common.Machine(torch.device("cpu"), torch.bfloat16, 0, 1, 0, "test")
+    items = list(test.corpus.splits["test"])[:2]
+    rows = test.gallery(items, ["x"])
+    first, second = (float(rows[item.image_id][0]) for item in items)
+    assert first > second and first == 1 + 2**-6
+
+
+def test_one_question_at_a_time(capsys):
+    for argv in (["--caption", "a", "--score", "b", "c"], ["--ask", "a", "b", "--eval-only"]):
+        given, command = common.parse_flags(common.RunConfig, argv, "x.py", ask.COMMANDS)
+        with pytest.raises(UserError, match="give one of them at a time"):
+            ask.answer_commands(command, given, None, "tden", [], lambda cfg: None)

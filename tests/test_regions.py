@@ -504,6 +504,12 @@ def test_what_a_corpus_learns_of_its_regions(tmp_path):
     assert attached(region_classes=7, task="caption")[1].region_classes == 7, "which needs no classes"
     with pytest.raises(UserError, match="none of the first pictures of mine has regions: .*a.npz: no such region file"):
         attached(items[:1])
+    corpus = attached()[0]
+    few = np.full((len(corpus.regions("b", "b.jpg").boxes) + 1, C - 1), 0.1, dtype=np.float32)
+    write(folder, "a", cls_prob=few)
+    with pytest.raises(data.BadImage, match=f"{C - 1} class probabilities a region; {C} are expected"):
+        corpus.regions("a", "a.jpg")
+    (folder / "a.npz").unlink()
     write(folder, "b", cls_prob=None)
     assert attached()[1].region_classes == 0
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")

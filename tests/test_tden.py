@@ -1113,3 +1113,19 @@ def test_two_processes_on_files_of_coco(coco, tmp_path):
     after = common.read_tensors(tmp_path / "r" / "last" / "model.safetensors")
     assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
     assert set(metrics) == set(read(tmp_path / "r" / "metrics.json")["splits"])
+
+
+def test_a_head_of_another_task_starts_anew(tuned, tmp_path, capsys):
+    run("--task", "vcr", "--init", tuned("vqa"), "--out", tmp_path / "r", "--steps", 1, *QUICK,
+        "--max-len-rationale", 60)  # fmt: skip
+    assert "new here answer_head" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_main_job_ranks_and_tells(tmp_path):
+    """`python tden.py` as README gives it: scenes ranked first make the caption true, and captions are true."""
+    tden.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
+    test = read(tmp_path / "run" / "metrics.json")["splits"]["test"]
+    found, shuffled = test["metrics"], test["controls"]["shuffled_images"]
+    assert found["true@1"] >= 0.40 and shuffled["true@1"] <= 0.15
+    assert found["caption_true"] >= 0.60 and shuffled["caption_true"] <= 0.15

@@ -148,3 +148,15 @@ def test_what_a_tokenizer_is_trained_on(tmp_path):
     assert any("?" in text or text.startswith(("what", "how", "is ")) for text in said), "questions"
     assert any("object" in text for text in said), "choices"
     assert set(map(data.clean_caption, small.splits["train"][0].captions)) <= set(said)
+
+
+def test_answers_of_a_run_of_official_weights_and_of_a_corpus(tmp_path):
+    corpus, file = data.Corpus("vqa", {}, answers=("yes", "no")), str(tmp_path / "vqa.pth")
+    assert weights.known_answers(corpus, None, "none", False) == ("yes", "no")
+    assert weights.known_answers(None, None, "none", False) == ()
+    with pytest.raises(UserError, match="which answer is which in .*vqa.pth.* into .*answers.json"):
+        weights.known_answers(corpus, None, file, True)
+    (tmp_path / "answers.json").write_text('["b", "a"]')
+    assert weights.known_answers(corpus, None, file, True) == ("b", "a")
+    assert weights.known_answers(corpus, None, file, False) == ("yes", "no"), "these weights have no answer head"
+    assert weights.known_answers(corpus, tmp_path / "step_3", "none", False) == ("b", "a")
