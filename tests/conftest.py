@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "tests" / "golden"
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
 
 
 def find_extra(*parts: str) -> Path:

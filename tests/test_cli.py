@@ -382,7 +382,7 @@ def test_the_main_job_sees(tmp_path):
 def test_questions_are_no_captions(tmp_path):
     from test_benchmarks import write
 
-    with pytest.raises(UserError, match="vqa has questions, no captions, which VC-GPT trains on"):
+    with pytest.raises(UserError, match="vqa has questions, no captions, which --task pretrain trains on"):
         run("--data", "vqa", "--root", write(tmp_path, "vqa"), "--out", tmp_path / "run")
     with pytest.raises(UserError, match="nlvr2 has questions"):  # before anything is looked for
         run("--data", "nlvr2", "--out", tmp_path / "run")

@@ -122,7 +122,7 @@ def test_kept_tokens_are_those_of_transformers():
     for top_k, top_p in [(1, 1.0), (5, 1.0), (0, 0.3), (0, 0.9), (0, 0.999), (8, 0.7), (50, 0.5)]:
         theirs = warpers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
         theirs = warpers.TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs
-        assert torch.equal(scoring._truncated(logits, top_k, top_p), theirs), (top_k, top_p)
+        assert torch.equal(decoding._truncated(logits, top_k, top_p), theirs), (top_k, top_p)
 
 
 @pytest.mark.parametrize(

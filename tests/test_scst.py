@@ -84,7 +84,7 @@ def test_the_greedy_baseline_is_the_greedy_captions_reward():
 def test_the_step_scores_the_policy_that_sampled(monkeypatch):
     """log p of the samples in the teacher-forced step = log p that the sampler counted, dropout set and all."""
     drawn, original = [], vcgpt.decoding.sample
-    monkeypatch.setattr(vcgpt.scoring, "sample", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    monkeypatch.setattr(vcgpt.decoding, "sample", lambda *a: drawn.append(original(*a)) or drawn[-1])
     model, _, samples, _ = sampled(dropout=0.5)
     targets = samples["targets"]
     log_p = model(batch_of()["pixels"], samples["ids"]).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])
