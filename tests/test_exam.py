@@ -225,10 +225,10 @@ def test_scores_of_a_gallery_are_no_bf16_products():
 
     class Two(Knows):
         def encode_images(self, batch):
-            return near[: len(batch["image_id"])]
+            return near[: len(batch["image_id"])].bfloat16()
 
         def encode_texts(self, texts):
-            return torch.tensor([[1.0, 2**-6]])
+            return torch.tensor([[1.0, 2**-6]]).bfloat16()
 
     test.model, test.machine = Two(), common.Machine(torch.device("cpu"), torch.bfloat16, 0, 1, 0, "test")
     items = list(test.corpus.splits["test"])[:2]

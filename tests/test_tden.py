@@ -1016,6 +1016,7 @@ def test_verbs_of_users(tuned, pretrained, tmp_path, capsys):
         (["--decoder-memory", "words"], "it is one of auto, object, understanding"),
         (["--regions", "boxes"], "it is one of files, grid"),
         (["--train-on", "val"], "it is one of train, train+val, train+val+vg"),
+        (["--drops", "0.5,1.5"], "--drops 0.5,1.5: give shares of the run between 0 and 1"),
         (["--word-mask", "1.5"], "--word-mask 1.5: give 1 or less"),
         (["--ss-prob", "2"], "--ss-prob 2.0: give 1 or less"),
         (["--max-len", "64"], "--max-len 64: give "),
@@ -1119,6 +1120,16 @@ def test_a_head_of_another_task_starts_anew(tuned, tmp_path, capsys):
     run("--task", "vcr", "--init", tuned("vqa"), "--out", tmp_path / "r", "--steps", 1, *QUICK,
         "--max-len-rationale", 60)  # fmt: skip
     assert "new here answer_head" in capsys.readouterr().out
+
+
+def test_a_vector_alone_has_no_batch_statistics():
+    """A piece of one picture is normalised by the running statistics, and the next pieces by their own again."""
+    pool = tden.AttentionPooler(4, 3, 0.0, batch_norm=True).train()
+    before, x, keep = pool.norm.running_mean.clone(), torch.randn(5, 2, 4), torch.ones(5, 2, dtype=torch.bool)
+    alone = pool(x[:1], keep[:1])
+    assert torch.equal(pool.norm.running_mean, before)
+    torch.testing.assert_close(alone, copy.deepcopy(pool).eval()(x[:1], keep[:1]))
+    assert pool(x, keep).mean(0).abs().max() < 1e-5 and not torch.equal(pool.norm.running_mean, before)
 
 
 @pytest.mark.slow
