@@ -946,7 +946,7 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                         with torch.no_grad(), machine.autocast():
                             drawn, told = decoding.rewarded_samples(decoder, batch["image_id"], cfg.captions_per_image,
                                                                     model.tokenizer, cider, cfg.max_new, luck, "greedy")
-                        rows, logged["reward"] = rows | drawn, told["reward"] / cfg.batch
+                        rows, logged["reward"] = rows | drawn, float(told["reward"]) / cfg.batch
                     here = counts(cfg.task, rows)
                     told = [*here.values(), len(batch["bad"]), stop.signum > 0]
                     *sums, bad_in_all, stops = common.sum_over_processes(told, machine.device)
