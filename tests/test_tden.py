@@ -820,12 +820,13 @@ def test_official_weights_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_init_from_an_official_file(tmp_path, wrapped, capsys, monkeypatch):
     """--init FILE: sizes are the file's, whatever the preset; decoding and --resume need it no more."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model, state = official("pretrain", vocab_size=800, positions=64)
     torch.save({"model": state, "iteration": 3, "optimizer": {}} if wrapped else state, tmp_path / "tden.pth")
     flags = ["--task", "caption", "--steps", 1, "--lr", 1e-12, "--val-items", 2, "--test-scenes", 2, "--max-new", 3]
-    with pytest.raises(UserError, match="tokenizer 'bert-base-uncased'"):  # its words are BERT's, not some trained here
-        run("--init", tmp_path / "tden.pth", *flags, "--out", tmp_path / "none")
+    with monkeypatch.context() as patch:  # its words are BERT's, not some trained here
+        patch.setattr(data.Tokenizer, "from_pretrained", lambda name: (_ for _ in ()).throw(UserError(f"asked {name}")))
+        with pytest.raises(UserError, match="asked bert-base-uncased"):
+            run("--init", tmp_path / "tden.pth", *flags, "--out", tmp_path / "none")
     data.Tokenizer.train(map(data.clean_caption, SAYS), 800, "wordpiece").save(tmp_path / "words")
     run("--init", tmp_path / "tden.pth", *flags, "--tokenizer", tmp_path / "words", "--out", tmp_path / "r")
     told = capsys.readouterr().out
