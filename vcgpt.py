@@ -703,13 +703,9 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
     k, train_items = cfg.captions_per_image, corpus.splits["train"]
     images = cfg.batch // k  # pictures per step, over all processes
     model.to(machine.device)
-    optimizer, start, best = make_optimizer(cfg, model), 0, -1.0
-    if checkpoint:
-        meta = common.load_training_state(checkpoint, optimizer)
-        start, best = meta["step"], meta["best"]
-        if machine.is_main:
-            run.forget_after(start)
-    else:
+    optimizer = make_optimizer(cfg, model)
+    start, best, is_due = run.go_on(checkpoint, optimizer)
+    if not checkpoint:
         train_language_model(cfg, model, train_items, machine)
     cider = None
     if cfg.task == "scst":
@@ -722,7 +718,7 @@ def train(cfg: Config, model: VCGPT, corpus, machine, run, checkpoint: Path | No
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
     log.flops_per_item = flops_per_pair(cfg, model)
     ddp = common.spread(model, cfg, machine, Block)
-    if checkpoint and meta.get("is_due"):  # saved, but stopped before its evaluation was over
+    if is_due:  # saved, but stopped before its evaluation was over
         best = validate(cfg, model, corpus, machine, run, log, start, best)
     with common.StopRequest() as stop, contextlib.closing(batches):
         for step in range(start, cfg.steps):

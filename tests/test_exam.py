@@ -209,12 +209,14 @@ def test_what_a_run_says_at_its_end(tmp_path, capsys):
     for task, go_on in (("pretrain", "--caption PICTURE --init"), ("vqa", "--ask PICTURE QUESTION --init"),
                         ("vcr", "--eval-only"), ("retrieval", "--score PICTURE TEXT --init")):  # fmt: skip
         (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "lr": 0.1}) + "\n")
-        columns = {"test": {"caption_true": 0.9}, "test, shuffled": {"caption_true": 0.1}} if task == "pretrain" else {
-            "test": {"x": 0.5}}  # fmt: skip
+        columns = {"test": {"caption_true": 0.9, "true@1": 0.5}, "test, shuffled": {"caption_true": 0.1, "true@1": 0.2}
+                   } if task == "pretrain" else {"test": {"x": 0.5}}  # fmt: skip
         finish.tell(columns, common.Run(tmp_path), task, 0.0, "my.py")
         told = capsys.readouterr().out
         assert f"go on: python my.py {go_on} {tmp_path}" in told and "metrics.json: this table" in told
         assert ("of the captions are true" in told) == (task == "pretrain") and "seconds in all" in told
+        ranks = "50% of the scenes ranked first make the caption true, 20% with shuffled pictures: hardly a ranking"
+        assert (ranks in told) == (task == "pretrain")
     assert (tmp_path / "curves.png").exists()
 
 

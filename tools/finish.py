@@ -15,11 +15,13 @@ NEXT = {"retrieval": "--score PICTURE TEXT --init", "vqa": "--ask PICTURE QUESTI
 
 
 def tell(columns: dict, run: common.Run, task: str, started: float, program: str) -> None:
-    """The table, one sentence about it, the files with what the pictures show, and the command that may follow."""
+    """The table, a sentence about what it shows, the files, and the command that may follow."""
     print(f"\n{common.table(columns)}\n")
     seen = [columns.get(name, {}) for name in ("test", "test, shuffled")]
     if all("caption_true" in column for column in seen):
         print(f"{judge.how_it_sees(*seen)}\n")
+    if all("true@1" in column for column in seen):
+        print(f"{judge.how_it_ranks(*seen)}\n")
     print(f"{run.path / 'samples.png'}: test pictures {SHOWS.get(task, 'with captions')}")
     if (run.path / "ranking.png").exists():
         print(f"{run.path / 'ranking.png'}: the picture that was ranked first for each text")

@@ -56,3 +56,10 @@ def how_it_sees(metrics, shuffled_metrics):
     true, blind = metrics["caption_true"], shuffled_metrics["caption_true"]
     told = "it sees" if true > 0.3 and true > 4 * blind else "it hardly looks; train longer (--steps)"
     return f"{true:.0%} of the captions are true of their scene, {blind:.0%} with shuffled pictures: {told}."
+
+
+def how_it_ranks(metrics, shuffled_metrics):
+    """One sentence on whether the scenes that are ranked first for a caption make it true."""
+    true, blind = metrics["true@1"], shuffled_metrics["true@1"]
+    told = "it ranks by what it sees" if true > 0.3 and true > 4 * blind else "hardly a ranking; train longer (--steps)"
+    return f"{true:.0%} of the scenes ranked first make the caption true, {blind:.0%} with shuffled pictures: {told}."
