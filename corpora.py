@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
+import language
 import scenes
 from common import UserError, choose
 from data import Choice, Corpus, Example, Item, Tagged
@@ -172,7 +173,7 @@ def texts(corpus: Corpus, world: str = "tiny", most: int = 20_000):
             said = getattr(item, "captions", None) or (getattr(item, "text", ""),)
             if isinstance(item, Choice):
                 said = map(str, (item.question, *item.answers, *item.rationales))
-            yield from map(data.clean_caption, said)
+            yield from map(language.clean_caption, said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +442,7 @@ def answer_vocabulary(examples: Sequence[Example], answers: Sequence[str] | None
     """
     if answers is None:
         answers = [Counter(example.answers).most_common(1)[0][0] for example in examples]
-    counts = Counter(map(data.normalise_answer, answers))
+    counts = Counter(map(language.normalise_answer, answers))
     found = tuple(answer for answer, count in counts.items() if count >= SEEN_AT_LEAST)
     if not found:
         raise UserError(f"no answer is given {SEEN_AT_LEAST} times in {len(answers)} questions: there are no classes")
@@ -532,7 +533,7 @@ def _visual_genome_questions(root: Path, vocabulary: tuple[str, ...], held_out: 
         for row in _fields(record, f"{files[1]}[{number}]", qas=list)[0]:
             number_of, image_id, question, answer = _fields(row, f"{files[1]}[{number}], qas", qa_id=int, image_id=int,
                                                             question=str, answer=str)  # fmt: skip
-            text = data.normalise_answer(answer)
+            text = language.normalise_answer(answer)
             if coco.get(image_id) in held_out:
                 left_out += 1
             elif str(image_id) not in present:

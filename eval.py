@@ -395,7 +395,7 @@ def _demand(need, wrong):
 
 def vqa_forms(prediction, answers):
     """(prediction, list of answers) as the official evaluation compares them: normalised, unless all answers agree."""
-    from data import normalise_answer
+    from language import normalise_answer
 
     texts = [text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)]
     if len(set(texts[1:])) > 1:  # OFFICIAL: unanimous answers are compared raw, capitals included

@@ -43,6 +43,7 @@ import corpora
 import data
 import decoding
 import eval as scoring
+import language
 import regions
 import weights
 from common import UserError
@@ -310,7 +311,7 @@ class TDEN(nn.Module, ask.Verbs):
     caption(picture), score(picture, text), answer(picture, question).
     """
 
-    def __init__(self, cfg: Config, tokenizer: data.Tokenizer | None = None, answers: tuple[str, ...] = ()):
+    def __init__(self, cfg: Config, tokenizer: language.Tokenizer | None = None, answers: tuple[str, ...] = ()):
         super().__init__()
         self.cfg, self.tokenizer, self.answers = cfg, tokenizer, answers
         sizes = (cfg.width, cfg.heads, cfg.mlp or 4 * cfg.width, cfg.dropout)
@@ -472,7 +473,7 @@ class TDEN(nn.Module, ask.Verbs):
     def encode_texts(self, texts: list[str]):
         """Texts as written -> [R, P] of length 1."""
         tok = self.tokenizer
-        rows = [[tok.encode(data.clean_caption(text), self.cfg.max_len)] for text in texts]
+        rows = [[tok.encode(language.clean_caption(text), self.cfg.max_len)] for text in texts]
         batch = data.to_device(self, data.pad_texts(rows, tok.bos, tok.eos, tok.pad))
         t = self.read(batch["ids"], torch.zeros_like(batch["ids"]), batch["keep_mask"][:, None, None])
         return self.ism.of_text(t, batch["keep_mask"])
@@ -513,7 +514,7 @@ def corrupt_regions(features, boxes, is_masked):
     return features.masked_fill(is_zero[:, :, None], 0.0), is_zero
 
 
-def corrupt(batch: dict, tok: data.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
+def corrupt(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
     """A loader's captions with regions -> what `TDEN.pretrain` reads and its labels, for R pairs:
 
     u_ids, g_ids, keep_mask [R, T]; mlm_labels, msg_labels [R, T]; features, locations, region_keep_mask of 1 + N
@@ -621,7 +622,7 @@ def second_inputs(batch: dict, mlm_logits, msg_logits, mode="argmax", probabilit
     return {"u_ids": u, "g_ids": g}
 
 
-def rows_of(batch: dict, task: str, tok: data.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
+def rows_of(batch: dict, task: str, tok: language.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
     """A loader's batch -> the tensors of a training step, inputs and labels, for any task."""
     if task == "pretrain":
         return corrupt(batch, tok, cfg, luck)

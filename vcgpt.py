@@ -48,6 +48,7 @@ import corpora
 import data
 import decoding
 import eval as scoring
+import language
 import weights
 from common import UserError
 from tools import compare, finish
@@ -343,9 +344,9 @@ class GPT2(nn.Module):
 
 
 class VCGPT(nn.Module):
-    """VC-GPT, its ablation and its baseline. `tokenizer` is a data.Tokenizer; pixels are uint8 [B, 3, S, S]."""
+    """VC-GPT, its ablation and its baseline. `tokenizer` is a language.Tokenizer; pixels are uint8 [B, 3, S, S]."""
 
-    def __init__(self, cfg: Config, tokenizer: data.Tokenizer | None = None):
+    def __init__(self, cfg: Config, tokenizer: language.Tokenizer | None = None):
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
         D, depth = cfg.width, cfg.fusion_layers
@@ -633,12 +634,12 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
             setattr(cfg, name, value)
     check(cfg)
     if checkpoint:
-        tokenizer = data.Tokenizer.load(checkpoint)
+        tokenizer = language.Tokenizer.load(checkpoint)
     elif cfg.tokenizer != "none" or gpt2:
-        tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.gpt2)
+        tokenizer = language.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.gpt2)
     else:
-        texts = [data.clean_caption(text) for item in corpus.splits["train"][:20000] for text in item.captions]
-        tokenizer = data.Tokenizer.train(texts, cfg.vocab_size)
+        texts = [language.clean_caption(text) for item in corpus.splits["train"][:20000] for text in item.captions]
+        tokenizer = language.Tokenizer.train(texts, cfg.vocab_size)
     if gpt2 is None and checkpoint is None:
         cfg.vocab_size = tokenizer.vocab_size
     elif tokenizer.vocab_size > cfg.vocab_size:
@@ -669,7 +670,7 @@ def train_language_model(cfg: Config, model: VCGPT, train_items, machine) -> Non
     The method presupposes a language model that can already speak; this is its stand-in on the small world.
     """
     optimizer = common.adamw(model.gpt2, lambda name: cfg.lr, cfg.weight_decay, betas=(0.9, cfg.beta2))
-    texts = (data.clean_caption(text) for item in train_items for text in item.captions)
+    texts = (language.clean_caption(text) for item in train_items for text in item.captions)
     texts = list(itertools.islice(texts, cfg.lm_steps * cfg.batch))
     tok = model.tokenizer
     for step in range(cfg.lm_steps):

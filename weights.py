@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import corpora
-import data
+import language
 from common import UserError, read_json, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,17 +48,17 @@ def read_weights(source: str) -> tuple[dict, dict]:
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin (shards are not read: merge them)")
 
 
-def choose_tokenizer(cfg, official: str, checkpoint, corpus, kind: str, is_fixed: bool) -> data.Tokenizer:
+def choose_tokenizer(cfg, official: str, checkpoint, corpus, kind: str, is_fixed: bool) -> language.Tokenizer:
     """A run's own; that of cfg.tokenizer or of the official weights; or one of `kind` trained on the corpus.
 
     cfg.vocab_size is fixed where weights bring it; otherwise it becomes the tokenizer's.
     """
     if checkpoint:
-        tokenizer = data.Tokenizer.load(checkpoint)
+        tokenizer = language.Tokenizer.load(checkpoint)
     elif cfg.tokenizer != "none" or official != "none":
-        tokenizer = data.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else official)
+        tokenizer = language.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else official)
     else:
-        tokenizer = data.Tokenizer.train(corpora.texts(corpus, cfg.world), cfg.vocab_size, kind)
+        tokenizer = language.Tokenizer.train(corpora.texts(corpus, cfg.world), cfg.vocab_size, kind)
     if not is_fixed and not checkpoint:
         cfg.vocab_size = tokenizer.vocab_size
     elif tokenizer.vocab_size > cfg.vocab_size:

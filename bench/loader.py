@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import corpora
 import data
+import language
 
 
 def photographs(folder: Path, n: int, width: int, height: int) -> list[data.Item]:
@@ -114,7 +115,7 @@ def main() -> None:
         print(f"{describe_machine()}, Pillow {pillow_version}")
         print(f"{options.data or 'made up'}: {kilobytes:.0f} kB a file, to {options.size} px, {len(items)} in a pass")
         print(f"{'images/s per worker':<22} {'workers':>7} {'loader':>10} {'bare':>10} {'share':>9}")
-        tokenizer = data.Tokenizer.train((text for item in items for text in item.captions), 1000)
+        tokenizer = language.Tokenizer.train((text for item in items for text in item.captions), 1000)
         steps = -(-len(items) // options.batch)
         n_train = steps * options.batch  # the last batch of training goes on with the next epoch
         for workers in options.workers:

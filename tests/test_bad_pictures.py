@@ -15,6 +15,7 @@ from PIL import Image
 import common
 import corpora
 import data
+import language
 import vcgpt
 from common import UserError
 from tools import official as programs
@@ -110,7 +111,7 @@ def test_odd_pictures_and_captions_train_and_are_evaluated(trained):
     assert 0 <= metrics["BLEU_1"] <= 1 and (folder / "run" / "samples.png").stat().st_size > 1000
 
     corpus = corpora.load(str(mine))
-    tokenizer = data.Tokenizer.load(folder / "run" / "last")
+    tokenizer = language.Tokenizer.load(folder / "run" / "last")
     pictures = data.Pictures(corpus.splits["train"], tokenizer, 32, captions=4, max_len=30, train=True)
     loader = data.train_loader(pictures, 10, steps=1)
     (batch,) = loader

@@ -9,6 +9,7 @@ from PIL import Image
 
 import corpora
 import data
+import language
 import regions
 from common import UserError
 
@@ -582,7 +583,7 @@ def test_a_folder_without_any_picture_is_refused(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.Tokenizer.train(["is it a box or a dog ? sentence hypothesis answers because there is"] * 3, 300)
+    return language.Tokenizer.train(["is it a box or a dog ? sentence hypothesis answers because there is"] * 3, 300)
 
 
 def batches(items, tokenizer, kind=data.Examples, train=False, workers=0, **more):

@@ -23,8 +23,10 @@ from PIL import Image, ImageOps
 import common
 import corpora
 import data
+import language
 from common import UserError
-from data import BadImage, Item, Pictures, Tokenizer, TrainBatches, load_image, load_own, to_pixels
+from data import BadImage, Item, Pictures, TrainBatches, load_image, load_own, to_pixels
+from language import Tokenizer
 from tools import sheets
 
 ROOT = Path(data.__file__).parent
@@ -218,7 +220,7 @@ def test_scene_is_drawn_at_the_size_asked_for():
 @pytest.mark.parametrize("raw, clean", [("A Dog\n runs .", "a dog runs"), ("  Two\tcats. ", "two cats"),
                                         ("At 3.5 miles", "at 3.5 miles"), ("What?", "what?"), (".", "")])  # fmt: skip
 def test_clean_caption(raw, clean):
-    assert data.clean_caption(raw) == clean
+    assert language.clean_caption(raw) == clean
 
 
 HARD_TEXTS = ["a dog 🐕‍🦺 runs", "كلب يجري على الشاطئ", "כלב רץ", "汉字", "naïve café", "tabs\tand\nlines",
@@ -258,7 +260,7 @@ def test_trained_vocabulary_is_like_gpt2s(tokenizer):
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_training_is_the_same_in_every_process(kind):
-    code = (f"import hashlib, data; t = data.Tokenizer.train({WORDS!r} * 20, 320, {kind!r});"
+    code = (f"import hashlib, language; t = language.Tokenizer.train({WORDS!r} * 20, 320, {kind!r});"
             "print(hashlib.sha256(t.backend.to_str().encode()).hexdigest())")  # fmt: skip
     run = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                           env={**os.environ, "RAYON_NUM_THREADS": n, "PYTHONHASHSEED": n}).stdout for n in ("1", "3")]
@@ -274,7 +276,7 @@ def test_decode_stops_at_the_first_eos(tokenizer):
 
 def test_word_pieces(tmp_path):
     """BERT's form. Captions of scenes come back whole, others as captions are written, as far as that can be known."""
-    texts = [data.clean_caption(text) for item in corpora.load("scenes", n_train=200).splits["train"]
+    texts = [language.clean_caption(text) for item in corpora.load("scenes", n_train=200).splits["train"]
              for text in item.captions]  # fmt: skip
     words = Tokenizer.train(texts, 1000, "wordpiece")
     assert [words.backend.id_to_token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -338,7 +340,7 @@ def test_gpt2_and_bert_folders(tokenizer, tmp_path):
         Tokenizer.from_pretrained(roberta)
     bert = tmp_path / "bert"
     bert.mkdir()
-    tokens = [*data.BERT_TOKENS, "a", "dog", "##s", "cat", "'", "s", "[", "]", "sep", ","]
+    tokens = [*language.BERT_TOKENS, "a", "dog", "##s", "cat", "'", "s", "[", "]", "sep", ","]
     (bert / "vocab.txt").write_text("\n".join(tokens) + "\n")
     bare = Tokenizer.from_pretrained(bert)  # as Google handed it out
     (bert / "config.json").write_text('{"model_type": "bert"}')
@@ -416,7 +418,7 @@ def test_samples_that_say_left_or_right_are_never_mirrored(tokenizer, tmp_path, 
     ("left of the right one", "right of the left one"), ("bright, upright, cleft", "bright, upright, cleft"),
 ])  # fmt: skip
 def test_left_and_right_change_places(text, swapped):
-    assert data.swap_sides(text) == swapped and data.swap_sides(swapped) == text
+    assert language.swap_sides(text) == swapped and language.swap_sides(swapped) == text
 
 
 def test_evaluation_samples_are_as_written(tokenizer, tmp_path):

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 import corpora
 import data
 import eval as scoring
+import language
 import scenes
 from scenes import Truth
 from tools import judge, official
@@ -23,7 +24,7 @@ N = 7  # odd, so that processes have unequal shares
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.Tokenizer.train(["what is one picture shows object"] * 3, 300)
+    return language.Tokenizer.train(["what is one picture shows object"] * 3, 300)
 
 
 def one_hot(k, n):
@@ -36,7 +37,7 @@ def looks(corpus):
     def scores(item):
         scene = item.images[0]
         if corpus.answers:
-            said = data.normalise_answer(scenes.answer(item.text, scene) or "no")  # None: not to be seen there
+            said = language.normalise_answer(scenes.answer(item.text, scene) or "no")  # None: not to be seen there
             return [corpus.answers.index(said) if said in corpus.answers else 0]
         if len(item.images) == 2:
             return one_hot(scenes.pair_is_true(item.text, *item.images) is Truth.TRUE, 2)
@@ -261,7 +262,7 @@ def process(rank, world, folder, port):
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo")
-    tokenizer = data.Tokenizer.train(["what is one picture shows object"] * 3, 300)
+    tokenizer = language.Tokenizer.train(["what is one picture shows object"] * 3, 300)
     questions, corpus = load("vqa", n=N), load("caption", n=N)
     told = {}
     for n_classes in (3, 10):  # scores, or the best class only

@@ -10,6 +10,7 @@ import torch
 import common
 import corpora
 import data
+import language
 import regions
 from common import UserError
 from tools import ask, exam, finish
@@ -47,7 +48,7 @@ class Knows(torch.nn.Module):
 def asked(task):
     corpus = corpora.load("scenes", task=task if task in ("vqa", "vcr") else "caption", n_train=200, n_val=6, n_test=6)
     model, calls = Knows(), []
-    tok = data.Tokenizer.train(["a red circle is left of it"] * 3, 400, "wordpiece")
+    tok = language.Tokenizer.train(["a red circle is left of it"] * 3, 400, "wordpiece")
 
     def samples(items, **more):
         calls.append(more)
@@ -163,7 +164,7 @@ class Model(ask.Verbs):
     def __init__(self, **more):
         self.cfg = SimpleNamespace(task="vqa", regions="files", data="scenes", world="tiny", max_regions=2, beam=3,
                                    max_len=4, **more)  # fmt: skip
-        self.tokenizer = data.Tokenizer.train(["is it a red circle"] * 3, 300, "wordpiece")
+        self.tokenizer = language.Tokenizer.train(["is it a red circle"] * 3, 300, "wordpiece")
         self.seen = []
 
     def caption_batch(self, batch, beam):

@@ -18,6 +18,7 @@ from PIL import Image
 
 import corpora
 import data
+import language
 import regions
 import scenes
 from common import UserError
@@ -220,7 +221,7 @@ def test_vqa_classes_and_targets(both, made, monkeypatch):
         assert classes == tuple(answer for answer, n in counts.items() if n >= least)
     told = content(made("vqa"), "v2_mscoco_train2014_annotations.json")["annotations"]
     assert [record["multiple_choice_answer"] for record in told] == answers[:160]
-    words = data.Tokenizer.train([item.text for item in read.splits["train"]], 300)
+    words = language.Tokenizer.train([item.text for item in read.splits["train"]], 300)
     targets = []
     for corpus in (read, drawn):
         samples = data.Examples(corpus.splits["val"], words, SIZE, answers=read.answers)
@@ -465,7 +466,7 @@ def test_region_files_of_pictures_that_are_not_square(tmp_path):
 
 def tokenizer_of(corpus):
     texts = [text for item in corpus.splits["train"] for text in getattr(item, "captions", None) or [str(item)]]
-    return data.Tokenizer.train(texts, 300)
+    return language.Tokenizer.train(texts, 300)
 
 
 @pytest.mark.parametrize("layout", ["coco", "flickr30k"])

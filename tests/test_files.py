@@ -17,7 +17,7 @@ from papers import ROOT
 import common
 
 MODELS = ["tden", "vcgpt", "soho", "vilta"]
-GROUND = ["common", "data", "corpora", "regions", "eval", "scenes"]
+GROUND = ["common", "language", "data", "corpora", "regions", "eval", "scenes"]
 SECTIONS = ["Config", "Blocks", "Model", "Corruption", "Losses", "Step", "Heads", "Decoding", "Official weights",
             "Training", "Evaluation", "Main"]  # fmt: skip
 LIMITS = {**{(name,): 1100 for name in MODELS}, ("common",): 900, ("eval",): 900, ("scenes",): 1000,

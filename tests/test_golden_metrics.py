@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import corpora
-import data as words
 import eval as scoring
+import language
 
 
 def leaves(node, path=""):
@@ -167,7 +167,7 @@ def test_vqa(golden_path, exempt):
     inputs = ["format_version", "description", "normalisation/*/0"]
     inputs += [f"cases/*/{key}" for key in ("question_id", "image_id", "rule", "question_type", "answer_type")]
     inputs += ["cases/*/prediction", "cases/*/answers/*"]
-    ours = {f"normalisation/{k}/1": words.normalise_answer(raw) for k, (raw, _) in enumerate(data["normalisation"])}
+    ours = {f"normalisation/{k}/1": language.normalise_answer(raw) for k, (raw, _) in enumerate(data["normalisation"])}
     cases = {case["question_id"]: case for case in data["cases"]}
     answers = {i: [one["answer"] for one in case["answers"]] for i, case in cases.items()}
     predictions, *types = (

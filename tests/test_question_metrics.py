@@ -18,8 +18,9 @@ from PIL import Image
 
 import data
 import eval as scoring
+import language
 from common import UserError
-from data import normalise_answer
+from language import normalise_answer
 from tools import official
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 def test_the_table_of_contractions_is_the_published_one():
     """By the digest of the 120 pairs that GT-Vision-Lab/VQA publishes, which are not repeated here."""
-    table = data._CONTRACTIONS
+    table = language._CONTRACTIONS
     assert len(table) == 120
     pairs = "\n".join(f"{wrong} {right}" for wrong, right in sorted(table.items()))
     published = "b847028bf993545e795d0f95864b82668b85d531cc6ee3525ae719909a2d1e54"

@@ -11,6 +11,7 @@ from PIL import Image
 
 import corpora
 import data
+import language
 import regions
 import scenes
 from common import UserError
@@ -249,7 +250,7 @@ def test_batches_of_regions(tmp_path):
     assert batch["regions_keep_mask"].tolist() == [[True] * 3, [True, True, False]]
     assert torch.equal(batch["regions"][1, :2], torch.from_numpy(arrays()["features"][:2])) and batch["captions"]
     assert not batch["regions"][1, 2].any() and not batch["regions_locations"][1, 2].any()
-    train = data.Pictures(items, data.Tokenizer.train(["a caption"], 300), 32, captions=1, train=True,
+    train = data.Pictures(items, language.Tokenizer.train(["a caption"], 300), 32, captions=1, train=True,
                           regions=regions.NpzRegions(folder))  # fmt: skip
     (batch,) = data.train_loader(train, 3, steps=1)
     assert len(batch["regions"]) == 2 and "c.npz: no such region file" in batch["bad"][0] and len(batch["ids"]) == 2
@@ -300,7 +301,7 @@ def test_mirrored_scenes():
         assert np.array_equal(source(0, scene, mirrored=False).features, plain.features)
         for text in item.captions:
             sides += "left" in text or "right" in text
-            assert scenes.is_true(data.swap_sides(text), mirror_image(scene)) == scenes.is_true(text, scene), text
+            assert scenes.is_true(language.swap_sides(text), mirror_image(scene)) == scenes.is_true(text, scene), text
     assert sides > 20
 
 
@@ -341,7 +342,7 @@ class Mirrors:
 
 def test_mirrored_questions():
     """Half of them in training: regions, question and answers' classes together."""
-    tokenizer = data.Tokenizer.train(["the left dog or the right dog"] * 3, 300)
+    tokenizer = language.Tokenizer.train(["the left dog or the right dog"] * 3, 300)
     asked = data.Example("q", (1,), ("x.jpg",), "The left dog?", answers=("right",) * 4 + ("left",) + ("yes",) * 5)
     samples = data.Examples([asked], tokenizer, 8, answers=("left", "right", "yes"), train=True, regions=Mirrors(),
                             mirror=0.5)  # fmt: skip
@@ -357,7 +358,7 @@ def test_mirrored_questions():
 
 def test_mirrored_choices():
     """Regions, objects, question, answers and rationales together; tags and label stay."""
-    tokenizer = data.Tokenizer.train(["is left right of"] * 3, 300)
+    tokenizer = language.Tokenizer.train(["is left right of"] * 3, 300)
     words = [data.Tagged(tuple(text.split()), (-1, 0)) for text in ("left dog", "Right cat", "leftmost cat", "a cat")]
     asked = data.Choice("q", (1,), ("x.jpg",), words[0], (*words[1:], words[1]), (*words[1:], words[2]), 0, 1, ("dog",))
     for task in ("qa", "qar"):
@@ -366,7 +367,7 @@ def test_mirrored_choices():
         assert all(one["objects"].features[0, 0] == mirrored for mirrored, one in seen.items())
         assert seen[True]["tags"][0][0][-1] == 0 and seen[True]["label"] == seen[False]["label"] == (task == "qar")
         said, mirrored = ([[tokenizer.decode(part) for part in row] for row in seen[m]["texts"]] for m in (False, True))
-        assert [[data.swap_sides(part) for part in row] for row in said] == mirrored
+        assert [[language.swap_sides(part) for part in row] for row in said] == mirrored
         assert mirrored[0] == ["right dog", "left cat"] + ["left cat"] * (task == "qar")
 
 
@@ -380,7 +381,7 @@ def test_where_nothing_is_mirrored():
         luck = random.Random(0)
         assert not data.Examples([asked], None, 8, **more).is_mirrored(luck)
         assert luck.getstate() == random.Random(0).getstate()
-    captions = data.Pictures([data.Item(1, "x.jpg", ("left",))], data.Tokenizer.train(["left"], 300), 8, captions=1,
+    captions = data.Pictures([data.Item(1, "x.jpg", ("left",))], language.Tokenizer.train(["left"], 300), 8, captions=1,
                              train=True, regions=Mirrors(), mirror=1.0)  # fmt: skip
     sample = captions[0, 0]
     assert sample["regions"].features[0, 0] == 0 and sample["ids"] == [captions.tokenizer.encode("left")]
@@ -398,7 +399,7 @@ def test_classes_only_where_all_have_them():
 
 def test_choices_with_regions():
     items = corpora.load("scenes", task="vcr", n_train=4, n_val=1, n_test=1).splits["train"]
-    tokenizer = data.Tokenizer.train(["object is in what are alike"] * 3, 300)
+    tokenizer = language.Tokenizer.train(["object is in what are alike"] * 3, 300)
     choices = data.Choices(items, tokenizer, 32, train=True, augment="crop+flip", regions=regions.SceneRegions())
     (batch,) = data.train_loader(choices, 2, steps=1)
     assert batch["objects"].shape[0] == 2 and batch["regions"].shape[2] == 768 and batch["objects_keep_mask"].any()
@@ -408,7 +409,7 @@ def test_choices_with_regions():
 def test_choices_are_not_augmented():
     """Cropped or mirrored, the picture would leave its boxes."""
     items = corpora.load("scenes", task="vcr", n_train=2, n_val=1, n_test=1).splits["train"]
-    tokenizer = data.Tokenizer.train(["object"] * 3, 300)
+    tokenizer = language.Tokenizer.train(["object"] * 3, 300)
     still = data.Choices(items, tokenizer, 32)[0]["pixels"]
     drawn = data.Choices(items, tokenizer, 32, train=True, augment="crop+flip")
     assert all(torch.equal(drawn[epoch, 0]["pixels"], still) for epoch in range(5))
@@ -416,7 +417,7 @@ def test_choices_are_not_augmented():
 
 def test_pairs_have_no_regions():
     items = corpora.load("scenes", task="nlvr2", n_train=4, n_val=4, n_test=4).splits["train"]
-    tokenizer = data.Tokenizer.train(["one picture shows"], 300)
+    tokenizer = language.Tokenizer.train(["one picture shows"], 300)
     with pytest.raises(UserError, match="leave out --regions"):
         list(data.eval_loader(data.Examples(items, tokenizer, 32, regions=regions.SceneRegions()), 2))
 

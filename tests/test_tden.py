@@ -21,6 +21,7 @@ from PIL import Image
 import common
 import data
 import decoding
+import language
 import regions
 import tden
 import weights
@@ -646,7 +647,7 @@ SAYS = ["a red dog runs", "two cats", "a man on a horse", "blue sea at night", "
 @pytest.fixture(scope="module")
 def learned():
     """A model that knows six pairs by heart, after the two-pass step; its losses by name; a batch of the pictures."""
-    tok = data.Tokenizer.train(SAYS * 3, 200, "wordpiece")
+    tok = language.Tokenizer.train(SAYS * 3, 200, "wordpiece")
     torch.manual_seed(0)
     cfg = tiny(vocab_size=tok.vocab_size, width=32, mlp=64, init_std=0.1, hardest=False, max_new=8, word_mask=0.3,
                object_layers=1, cross_layers=1, sentence_layers=1, region_mask=0.3)  # fmt: skip
@@ -824,10 +825,13 @@ def test_init_from_an_official_file(tmp_path, wrapped, capsys, monkeypatch):
     torch.save({"model": state, "iteration": 3, "optimizer": {}} if wrapped else state, tmp_path / "tden.pth")
     flags = ["--task", "caption", "--steps", 1, "--lr", 1e-12, "--val-items", 2, "--test-scenes", 2, "--max-new", 3]
     with monkeypatch.context() as patch:  # its words are BERT's, not some trained here
-        patch.setattr(data.Tokenizer, "from_pretrained", lambda name: (_ for _ in ()).throw(UserError(f"asked {name}")))
+        def asked(name):
+            raise UserError(f"asked {name}")
+
+        patch.setattr(language.Tokenizer, "from_pretrained", asked)
         with pytest.raises(UserError, match="asked bert-base-uncased"):
             run("--init", tmp_path / "tden.pth", *flags, "--out", tmp_path / "none")
-    data.Tokenizer.train(map(data.clean_caption, SAYS), 800, "wordpiece").save(tmp_path / "words")
+    language.Tokenizer.train(map(language.clean_caption, SAYS), 800, "wordpiece").save(tmp_path / "words")
     run("--init", tmp_path / "tden.pth", *flags, "--tokenizer", tmp_path / "words", "--out", tmp_path / "r")
     told = capsys.readouterr().out
     assert "note: xmodaler's TDEN: has cross_decoder, lm_head, object_encoder, region_embedding" in told

@@ -8,6 +8,7 @@ from torch import nn
 
 import corpora
 import data
+import language
 import weights
 from common import UserError
 
@@ -116,7 +117,7 @@ def test_which_tokenizer(tmp_path):
     """A run's own before that of --tokenizer, that before the official one's; else one trained here. The size of the
     embedding is the tokenizer's, unless weights fix it."""
     for name, word in (("run", "circle"), ("given", "square"), ("official", "cross")):
-        data.Tokenizer.train([word] * 3, 60, "wordpiece").save(tmp_path / name)
+        language.Tokenizer.train([word] * 3, 60, "wordpiece").save(tmp_path / name)
     corpus = data.Corpus("x", {"train": [data.Item(1, "a.jpg", ("a hexagon",))] * 3})
 
     def chosen(checkpoint=None, given="none", official="none", is_fixed=False, size=400):
@@ -147,7 +148,7 @@ def test_what_a_tokenizer_is_trained_on(tmp_path):
     said = list(corpora.texts(small, "tiny"))
     assert any("?" in text or text.startswith(("what", "how", "is ")) for text in said), "questions"
     assert any("object" in text for text in said), "choices"
-    assert set(map(data.clean_caption, small.splits["train"][0].captions)) <= set(said)
+    assert set(map(language.clean_caption, small.splits["train"][0].captions)) <= set(said)
 
 
 def test_answers_of_a_run_of_official_weights_and_of_a_corpus(tmp_path):

@@ -6,6 +6,7 @@ import torch
 
 import common
 import data
+import language
 import regions
 from common import UserError
 
@@ -59,7 +60,7 @@ class Verbs:
     def answer(self, picture, question: str) -> str:
         """The most probable answer."""
         self._need("answers", "--task vqa", "answers")
-        tok, ids = self.tokenizer, self.tokenizer.encode(data.clean_caption(question), self.cfg.max_len)
+        tok, ids = self.tokenizer, self.tokenizer.encode(language.clean_caption(question), self.cfg.max_len)
         batch = self._look(picture) | data.pad_texts([[ids]], tok.bos, tok.eos, tok.pad)
         return self.answers[self.answer_scores(batch).argmax().item()]
 
