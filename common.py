@@ -333,6 +333,18 @@ def sum_over_processes(values: list, device) -> list[float]:
     return total.tolist()
 
 
+def sum_tensors(*tensors) -> None:
+    """Each tensor becomes its sum over all processes, in place. Every process has to call it equally often."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+
+
+def share_tensor(tensor) -> None:
+    """The first process's tensor, on every process, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+
+
 def gather_lists(values: list) -> list:
     """The lists of all processes, one after the other, on every process."""
     if not dist.is_initialized():
@@ -384,8 +396,8 @@ def spread(model, cfg: RunConfig, machine: Machine, block_class=None, find_unuse
 
 def share_buffers(model) -> None:
     """The first process's buffers on every process: running statistics that each has gathered from its own share."""
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, src=0)
+    for buffer in model.buffers():
+        share_tensor(buffer)
 
 
 def recomputed(forward, *inputs, **options):
@@ -510,11 +522,12 @@ def linear_schedule(step: int, steps: int, warmup: float) -> float:
 
 def schedule(cfg, step: int) -> float:
     """Share of the peak rate: linear_schedule, or where cfg.drops names shares of all steps ("0.5,0.6"), constant after
-    the rise and times cfg.drop_factor at each of them."""
+    the rise (from cfg.warmup_from, where there is such a setting) and times cfg.drop_factor at each of them."""
     if not cfg.drops:
         return linear_schedule(step, cfg.steps, cfg.warmup)
     n_drops = sum(step >= float(drop) * cfg.steps for drop in cfg.drops.split(","))
-    return min(1.0, (step + 1) / max(1, int(cfg.warmup * cfg.steps))) * cfg.drop_factor**n_drops
+    low, rise = getattr(cfg, "warmup_from", 0.0), min(1.0, (step + 1) / max(1, int(cfg.warmup * cfg.steps)))
+    return (low + (1 - low) * rise) * cfg.drop_factor**n_drops
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,38 @@ def to_pixels(image: Image.Image, size: int, augment: str = "none", rng: random.
     return torch.from_numpy(canvas)
 
 
+def within(image: Image.Image, short: int, long: int) -> torch.Tensor:
+    """PIL RGB image -> uint8 [3, h, w] in its own shape: the shorter side `short`, unless the longer would pass `long`.
+
+    Smaller pictures grow. Bilinear without antialiasing, sides rounded half up, as OpenCV's cv2.resize in mmcv's
+    imrescale does it (its fixed-point arithmetic differs by a grey level here and there).
+    """
+    scale = min(long / max(image.size), short / min(image.size))
+    width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if (width, height) == image.size:
+        return pixels.contiguous()
+    large = torch.nn.functional.interpolate(pixels[None].float(), (height, width), mode="bilinear")[0]
+    return large.round().to(torch.uint8)
+
+
+def are_wide(items: Sequence) -> np.ndarray:
+    """bool [len(items)]: is the (first) picture wider than high? Scenes are square. Files are asked for their headers
+    alone, by many threads; one that cannot be read counts as not wide, and is named when its turn comes."""
+    def is_wide(item) -> bool:
+        try:
+            with Image.open(files_of(item)[0]) as image:
+                width, height = image.size
+                return (height > width) if image.getexif().get(ORIENTATION, 1) > 4 else width > height
+        except Exception:  # whatever the decoders raise
+            return False
+
+    if isinstance(files_of(items[0])[0], scenes.Scene):
+        return np.zeros(len(items), dtype=bool)
+    with ThreadPoolExecutor(16) as pool:
+        return np.fromiter(pool.map(is_wide, items), dtype=bool, count=len(items))
+
+
 def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, float, float, float] | None:
     """left, top, right, bottom; None for a picture so long that no such box fits: it is left whole."""
     width, height = wide_high
@@ -304,15 +337,19 @@ class Samples(Dataset):
 
     Training, key (epoch, index): augmented; the same (seed, epoch, index) gives the same sample in every process.
     Evaluation, key index: as it is. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders
-    judge. Pictures are uint8 [3, S, S]; where `regions` is given (a source of them, see regions.py) they are Regions.
+    judge. Pictures are uint8 [3, S, S]; where `regions` is given (a source of them, see regions.py) they are Regions;
+    where `sides` is given they keep their shape, see `within`: (short, long), or (least, most, long) where each
+    training sample draws its short side; then `size` is that of drawn scenes.
     mirror: the probability that a training sample of Examples or Choices sees the regions of the mirrored picture,
     where the source has them; then left and right change places in its texts.
     """
 
     def __init__(self, items: Sequence, tokenizer: Tokenizer | None, size: int, max_len: int | None = None,
-                 train: bool = False, augment: str = "none", seed: int = 0, regions=None, mirror: float = 0.0):
+                 train: bool = False, augment: str = "none", seed: int = 0, regions=None, mirror: float = 0.0,
+                 sides: tuple[int, ...] = ()):
         self.items, self.tokenizer, self.size, self.train, self.seed = items, tokenizer, size, train, seed
         self.max_len, self.augment, self.regions, self.mirror = max_len, augment, regions, mirror
+        self.sides = sides
 
     def __len__(self) -> int:
         return len(self.items)
@@ -334,6 +371,9 @@ class Samples(Dataset):
         """{"regions": Regions} or {"pixels"}. Pixels whose texts speak of left or right are not mirrored."""
         if self.regions is not None:
             return {"regions": self.regions(image_id, image, mirrored)}
+        if self.sides:
+            *short, long = self.sides
+            return {"pixels": within(load_image(image, self.size), rng.randint(short[0], short[-1]), long)}
         augment = self.augment if self.train else "none"
         if augment == "crop+flip" and any(SIDES.search(text) for text in said):
             augment = "crop"  # HERE[data-11]: mirrored, "left of" would be false
@@ -402,7 +442,7 @@ class Examples(Samples):
         if len(seen) > 1:
             if self.regions is not None:
                 raise UserError("pairs of pictures are not read as regions; leave out --regions")
-            seen[0] = {"pixels": torch.stack([one["pixels"] for one in seen])}
+            seen[0] = {"pixels": [one["pixels"] for one in seen]}
         ids = self.tokenizer.encode(clean_caption(text), self.max_len)  # HERE[data-10]
         label = -100 if item.label is None else item.label
         return {"example_id": item.example_id, "image_id": item.image_ids[0], **seen[0], "texts": [[ids]],
@@ -481,12 +521,13 @@ def soft_scores(answers: Sequence[str], classes: dict[str, int]) -> list[tuple[i
 # Batches
 
 
-def collate(samples: list[dict], bos: int, eos: int, pad: int, n_classes: int = 0) -> dict:
+def collate(samples: list[dict], bos: int, eos: int, pad: int, n_classes: int = 0, multiple: int = 0) -> dict:
     """Samples -> one batch of the B readable ones. {"error": message} alone is handed on.
 
     Always: image_id, a list of B; bad: messages about the unreadable ones; pixels, uint8 [B, 3, S, S] or, of pairs,
-    [B, 2, 3, S, S], or what pad_regions gives. Pictures in training: what pad_captions gives, k rows an image,
-    image-major: row b*k + j is caption j of image b; in evaluation captions: a list of B tuples of strings.
+    [B, 2, 3, S, S], or what pad_regions gives, or, where `multiple` is given, pad_pixels. Pictures in training: what
+    pad_captions gives, k rows an image, image-major: row b*k + j is caption j of image b; in evaluation captions: a
+    list of B tuples of strings.
     Examples and Choices: example_id, a list of B; labels int64 [B], -100 where hidden; what pad_texts gives, four rows
     a Choice, and their tags int64 [4 B, T]; for VQA the soft scores as targets float32 [B, n_classes].
     """
@@ -498,7 +539,11 @@ def collate(samples: list[dict], bos: int, eos: int, pad: int, n_classes: int = 
         return batch
     first = good[0]
     if "pixels" in first:
-        batch["pixels"] = torch.stack([sample["pixels"] for sample in good])
+        rows = [sample["pixels"] for sample in good]
+        pairs = isinstance(rows[0], list)
+        flat = [one for row in rows for one in row] if pairs else rows
+        found = pad_pixels(flat, multiple) if multiple else {"pixels": torch.stack(flat)}
+        batch |= {name: x.unflatten(0, (-1, 2)) if pairs else x for name, x in found.items()}
     for name in {"regions", "objects"} & first.keys():
         batch |= pad_regions([sample[name] for sample in good], name)
     if "captions" in first:
@@ -515,6 +560,17 @@ def collate(samples: list[dict], bos: int, eos: int, pad: int, n_classes: int = 
             for number, score in sample["soft"]:
                 row[number] = score
     return batch
+
+
+def pad_pixels(pictures: list[torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
+    """Pictures uint8 [3, h, w] of any shape -> pixels uint8 [B, 3, H, W], 0 on the right and below, H and W the next
+    multiples; sizes int64 [B, 2], h and w of each."""
+    sizes = torch.tensor([x.shape[1:] for x in pictures])
+    H, W = ((side + multiple - 1) // multiple * multiple for side in sizes.amax(0).tolist())
+    pixels = torch.zeros(len(pictures), 3, H, W, dtype=torch.uint8)
+    for target, picture in zip(pixels, pictures, strict=True):
+        target[:, : picture.size(1), : picture.size(2)] = picture
+    return {"pixels": pixels, "sizes": sizes}
 
 
 def pad_texts(rows: list[list[list[int]]], bos: int, eos: int, pad: int) -> dict[str, torch.Tensor]:
@@ -622,17 +678,18 @@ class TrainBatches:
     [s * batch, (s + 1) * batch) of it and process r every `world`-th of them from the r-th: `batch` is the global
     one, no item is dropped or repeated within an epoch at any number of processes, and a step is all it takes to
     resume. Steps run from `start_step` up to, not including, `steps` (None: for ever).
-    Where `world` does not divide `batch`, the shares differ by one.
+    Where `world` does not divide `batch`, the shares differ by one. `is_second` (bool [n_items]) parts the items into
+    two kinds, and batches are of one kind, but for the ends of an epoch: wide pictures and high ones, see `are_wide`.
     """
 
     def __init__(self, n_items: int, batch: int, rank: int = 0, world: int = 1, seed: int = 0, start_step: int = 0,
-                 steps: int | None = None):
+                 steps: int | None = None, is_second: np.ndarray | None = None):
         if n_items < 1:
             raise UserError("there is no image to train on: the train split is empty")
         if batch < world:
             raise UserError(f"a batch of {batch} cannot be shared by {world} processes; raise --batch")
         self.n_items, self.batch, self.rank, self.world = n_items, batch, rank, world
-        self.seed, self.start_step, self.steps = seed, start_step, steps
+        self.seed, self.start_step, self.steps, self.is_second = seed, start_step, steps, is_second
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, None
@@ -642,10 +699,28 @@ class TrainBatches:
             for position in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
                 if position // self.n_items != epoch:
                     epoch = position // self.n_items
-                    order = np.random.default_rng([self.seed % 2**32, epoch]).permutation(self.n_items)
+                    order = self._order(epoch)
                 keys.append((epoch, int(order[position % self.n_items])))
             yield keys
             step += 1
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """A permutation of all items; with two kinds of them, of such batches. What fills no batch stands at the ends,
+        and there batches are mixed: two an epoch, or three."""
+        luck = np.random.default_rng([self.seed % 2**32, epoch])
+        order = luck.permutation(self.n_items)
+        if self.is_second is None:
+            return order
+        kinds = [order[self.is_second[order] == kind] for kind in (False, True)]
+        blocks = [block for kind in kinds for block in np.split(kind, range(self.batch, len(kind), self.batch))]
+        rest = [block for block in blocks if len(block) < self.batch]
+        blocks = [block for block in blocks if len(block) == self.batch]
+        first = -epoch * self.n_items % self.batch  # items of this epoch that fill up the last batch of the one before
+        while sum(map(len, rest)) < first and blocks:
+            rest.append(blocks.pop())
+        rest = np.concatenate([*rest, order[:0]])
+        luck.shuffle(blocks)
+        return np.concatenate([rest[:first], *blocks, rest[first:]])
 
     def __len__(self) -> int:
         if self.steps is None:
@@ -716,9 +791,9 @@ def tell_of_bad(loaders: list[Loader]) -> None:
 
 
 def train_loader(dataset: Samples, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
-                 start_step: int = 0, steps: int | None = None, pin: bool = False) -> Loader:
+                 start_step: int = 0, steps: int | None = None, pin: bool = False, is_second=None) -> Loader:
     """Training batches of one process; `batch_images` counts the images of all processes. See TrainBatches."""
-    batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps)
+    batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps, is_second)
     loader = _data_loader(dataset, workers, batch_sampler=batches, pin_memory=pin)
     return Loader(loader, len(dataset), train=True, rank=rank, world=world)
 
@@ -735,7 +810,8 @@ def _data_loader(dataset: Samples, workers: int, **how) -> DataLoader:
     loader = DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=partial(collate, **ids, n_classes=len(getattr(dataset, "classes", ()))),
+        collate_fn=partial(collate, **ids, n_classes=len(getattr(dataset, "classes", ())),
+                           multiple=32 if dataset.sides else 0),
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each start would move the global generator, and a resumed run with it

@@ -765,8 +765,58 @@ def score_gallery(encode_image, encode_text, score, loader, texts, chunk=256):
     return dict(common.gather_lists(list(rows.items())))
 
 
-def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000, sheet="samples.png"):
+def pairs_of(items, edited=False):
+    """Two Examples a picture: its first caption, label 1, and the first caption of another picture, label 0.
+
+    Which other one is drawn, the same way every time. Of scenes it is one whose caption is false of this scene (unknown
+    is not false), and with `edited` the second is instead the own caption with a word changed so that it is false.
+    """
+    from data import Example
+
+    pairs = []
+    for k, item in enumerate(items):
+        luck = random.Random(f"pairs/{item.image_id}")
+        some = [items[i] for i in luck.sample(range(len(items)), min(len(items), 50))]
+        texts = (other.captions[0] for other in some if other.image != item.image)
+        if hasattr(item.image, "objects"):
+            from tools import judge
+
+            texts = [judge.edited(item.captions[0], item.image, luck)] if edited else texts
+            texts = (text for text in texts if text and judge.verdict(text, item.image) == "false")
+        text = next(iter(texts), None)
+        for label, said in ((1, item.captions[0]), (0, text)) if text else ():
+            pairs.append(Example(f"{k}-{label}", (item.image_id,), (item.image,), said, label))
+    return pairs
+
+
+def score_pairs(pairs, predict, edited=()):
+    """{"itm_accuracy", "itm_accuracy_edited"} of pairs_of(items), as far as there are such pairs."""
+    metrics = {}
+    for name, some in (("itm_accuracy", pairs), ("itm_accuracy_edited", edited)):
+        if some:
+            said = {i: class_of(scores) for i, scores in predict(some).items()}
+            metrics[name] = class_accuracy(said, {pair.example_id: pair.label for pair in some})
+    return metrics
+
+
+def evaluate_pairs(corpus, predict, is_main=True):
+    """Image-text matching on every test split, balanced pairs, beside the same texts about permuted pictures; what is
+    returned is as of evaluate_captions. predict(Examples) -> {example_id: scores of (no match, match)}."""
+    splits, columns = {}, {}
+    for split in corpus.finally_evaluated():
+        items = list(corpus.splits[split])
+        pairs, edited = pairs_of(items), pairs_of(items, True) if hasattr(items[0].image, "objects") else []
+        found = score_pairs(pairs, predict, edited)
+        blind = score_pairs(with_other_pictures(pairs), predict, with_other_pictures(edited))
+        if is_main:
+            splits[split] = {"metrics": found, "controls": {"shuffled_images": blind}}
+            columns |= {split: found, f"{split}, shuffled": blind}
+    return splits, columns
+
+
+def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000, sheet="samples.png", most=0):
     """Every test split as a gallery, with the first `n_captions` captions of each picture, for any model that scores.
+    most: of larger splits the first so many pictures alone, which then stand under "gallery" in the metrics.
 
     gallery(items, texts) -> what score_gallery gives. Larger galleries of whole folds are also cut into them: the
     mean over folds of `fold` consecutive pictures is named "R@1 of 1,000". Returns what evaluate_captions does.
@@ -775,7 +825,7 @@ def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold
 
     splits, columns, tests = {}, {}, corpus.finally_evaluated()
     for split in tests:
-        items = list(corpus.splits[split])
+        items = list(corpus.splits[split][: most or None])
         texts = [text for item in items for text in item.captions[:n_captions]]
         owner = [k for k, item in enumerate(items) for _ in item.captions[:n_captions]]
         rows = gallery(items, texts)
@@ -790,6 +840,7 @@ def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold
                 of_folds = recalls(matrix, owner, fold)
                 columns[name] |= {f"{recall} of {fold:,}": value for recall, value in of_folds.items()}
             columns[name] |= judge.gallery_truth(matrix, truths) if truths is not None else {}
+            columns[name] |= {"gallery": len(items)} if most else {}
         controls = {"shuffled_images": columns[f"{split}, shuffled"]}
         splits[split] = {"metrics": columns[split], "controls": controls}
         if split == tests[0]:

@@ -348,7 +348,7 @@ def of_picture(picture, kind: str, name: str, world: str = "tiny", most: int | N
     grid: a path, a PIL image, or of scenes SPLIT:NUMBER. files: an .npz file of regions, or a picture with one of its
     name beside it or in regions/ beside it; of scenes SPLIT:NUMBER, which no detector needs to see. Else UserError.
     """
-    scene = _scene_named(picture, world) if name == "scenes" else None
+    scene = scene_named(picture, world) if name == "scenes" else None
     try:
         if kind == "grid":
             return GridRegions()(None, scene or (picture if hasattr(picture, "convert") else Path(picture)))
@@ -370,7 +370,7 @@ def of_picture(picture, kind: str, name: str, world: str = "tiny", most: int | N
         raise UserError(f"{bad}; give another file, or make this one anew") from bad
 
 
-def _scene_named(picture, world: str):
+def scene_named(picture, world: str):
     """test:3 -> that scene; None for what is no such name."""
     named = re.fullmatch(r"(train|val|test|test_compositional):(\d+)", str(picture))
     return scenes.make_scene(scenes.get_world(world), named[1], int(named[2])) if named else None

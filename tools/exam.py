@@ -14,19 +14,22 @@ import common
 import data
 import eval as scoring
 
-MATCHES, TELLS, ANSWERS = ("pretrain", "retrieval"), ("pretrain", "caption", "scst"), ("vqa", "nlvr2", "ve", "vcr")
-BEST_BY = {"pretrain": "R@1", "retrieval": "R@1", "caption": "CIDEr_D", "scst": "CIDEr_D", "vqa": "vqa_accuracy",
-           "nlvr2": "nlvr2_accuracy", "ve": "ve_accuracy", "vcr": "vcr_q2ar"}  # fmt: skip
+MATCHES, TELLS = ("pretrain", "retrieval", "itm"), ("pretrain", "caption", "scst")
+ANSWERS = ("vqa", "nlvr2", "ve", "vcr")
+BEST_BY = {"pretrain": "R@1", "retrieval": "R@1", "itm": "itm_accuracy", "caption": "CIDEr_D", "scst": "CIDEr_D",
+           "vqa": "vqa_accuracy", "nlvr2": "nlvr2_accuracy", "ve": "ve_accuracy", "vcr": "vcr_q2ar"}  # fmt: skip
 SHOWN = ("BLEU_4", "caption_true")  # on val, beside the metric that `best` is chosen by
 
 
 @dataclass
 class Exam:
-    """A model that retrieves and captions (pretrain), retrieves, captions, or answers, as its task says.
+    """A model that retrieves and captions (pretrain), tells matching pairs from others and retrieves (itm), retrieves,
+    captions, or answers, as its task says.
 
     samples(items, **more) -> data.Samples of an evaluation. The model has, as far as its task asks, these functions of
     a batch of them: caption_batch(batch, beam) -> B captions; encode_images(batch) and encode_texts(texts) -> vectors
-    whose dot product is the score; answer_scores(batch) -> scores of the answers.
+    whose dot product is the score, or whatever match(images, texts) -> [B, texts] takes; answer_scores(batch) -> scores
+    of the answers, of itm [B, 2], the second for a match. gallery_of: pictures of a gallery; 0: the whole split.
     """
 
     task: str
@@ -34,6 +37,7 @@ class Exam:
     corpus: data.Corpus
     machine: common.Machine
     samples: Callable
+    gallery_of: int = 0
 
     def _loader(self, items, **more):
         self.model.eval()
@@ -49,12 +53,14 @@ class Exam:
     @torch.no_grad()
     def gallery(self, items, texts) -> dict:
         """{image_id: score of each text}, in float32: of products in bf16, which has 8 bits, many would be equal."""
-        def encoded(encode, what):
+        def within(function, *what):
             with self.machine.autocast():
-                return encode(what).float()
+                found = function(*what)
+                return found.float() if isinstance(found, torch.Tensor) else found
 
-        encoders = partial(encoded, self.model.encode_images), partial(encoded, self.model.encode_texts)
-        return scoring.score_gallery(*encoders, lambda v, t: v @ t.T, self._loader(items), texts)
+        encoders = [partial(within, encode) for encode in (self.model.encode_images, self.model.encode_texts)]
+        match = partial(within, self.model.match) if hasattr(self.model, "match") else lambda v, t: v @ t.T
+        return scoring.score_gallery(*encoders, match, self._loader(items), texts)
 
     @torch.no_grad()
     def scores(self, items, *which) -> dict:
@@ -65,7 +71,10 @@ class Exam:
 
     def on_val(self, items) -> dict[str, Any]:
         """Metrics of the task on some items: captions are greedy, galleries have one text a picture."""
+        if self.task == "itm":
+            return scoring.score_pairs(scoring.pairs_of(items), self.scores)
         if self.task in MATCHES:
+            items = items[: self.gallery_of or None]
             rows = self.gallery(items, [item.captions[0] for item in items])
             scores = torch.stack([torch.as_tensor(rows[item.image_id]) for item in items])
             return scoring.recalls(scores, list(range(len(items))))
@@ -102,7 +111,11 @@ class Exam:
         if self.task in MATCHES:
             sheet = "ranking.png" if self.task in TELLS else "samples.png"
             splits, columns = scoring.evaluate_retrieval(self.corpus, self.gallery, folder, is_main, n_texts,
-                                                         sheet=sheet)  # fmt: skip
+                                                         sheet=sheet, most=self.gallery_of)  # fmt: skip
+        if self.task == "itm":
+            for table, more in zip((splits, columns), scoring.evaluate_pairs(self.corpus, self.scores, is_main),
+                                   strict=True):  # fmt: skip
+                _join(table, more)
         if self.task in TELLS:
             found = scoring.evaluate_captions(self.corpus, lambda items: self.captions(items, beam), folder, is_main,
                                               official)  # fmt: skip

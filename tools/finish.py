@@ -8,9 +8,10 @@ import common
 from tools import judge
 
 QUIET = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}  # of the log: not drawn
-SHOWS = {"retrieval": "with the texts they were ranked for",
+SHOWS = {**dict.fromkeys(("retrieval", "itm"), "with the texts they were ranked for"),
          **dict.fromkeys(("vqa", "nlvr2", "ve", "vcr"), "with answers")}  # fmt: skip
-NEXT = {"retrieval": "--score PICTURE TEXT --init", "vqa": "--ask PICTURE QUESTION --init",
+NEXT = {**dict.fromkeys(("retrieval", "itm"), "--score PICTURE TEXT --init"),
+        "vqa": "--ask PICTURE QUESTION --init",
         **dict.fromkeys(("nlvr2", "ve", "vcr"), "--eval-only")}  # fmt: skip
 
 

@@ -35,6 +35,11 @@ def verdict(caption, scene):
     return scenes.is_true(caption, scene).value
 
 
+def edited(caption, scene, luck):
+    """The caption with a word changed so that it is false of the scene, or None where that cannot be done."""
+    return scenes.edited(caption, scene, luck)
+
+
 def truth_table(items, texts):
     """bool [scenes, texts]: whether the text is true of the scene (unknown and unparsable are not true)."""
     return np.array([[scenes.is_true(text, item.image) is Truth.TRUE for text in texts] for item in items])
