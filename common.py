@@ -406,7 +406,23 @@ def recomputed(forward, *inputs, **options):
         return forward(*inputs, **options)
     from torch.utils.checkpoint import checkpoint
 
+    norms = [part for part in forward.__self__.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    if norms:
+        options["context_fn"] = lambda: (nullcontext(), unnoted(norms))
     return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+
+@contextmanager
+def unnoted(norms):
+    """Batch norms whose running statistics stay: of what is computed anew they would count every batch twice."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, number) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, number
 
 
 def why_not_compiled(cfg: RunConfig, machine: Machine) -> str:

@@ -251,18 +251,23 @@ def within(image: Image.Image, short: int, long: int) -> torch.Tensor:
 def are_wide(items: Sequence) -> np.ndarray:
     """bool [len(items)]: is the (first) picture wider than high? Scenes are square. Files are asked for their headers
     alone, by many threads; one that cannot be read counts as not wide, and is named when its turn comes."""
-    def is_wide(item) -> bool:
+    def is_wide(path) -> bool:
         try:
-            with Image.open(files_of(item)[0]) as image:
+            with Image.open(path) as image:
                 width, height = image.size
-                return (height > width) if image.getexif().get(ORIENTATION, 1) > 4 else width > height
+                # where a PNG's header has no EXIF, Pillow would decode it all to look behind the pixels
+                tags = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+                return (height > width) if tags.get(ORIENTATION) in (5, 6, 7, 8) else width > height
         except Exception:  # whatever the decoders raise
             return False
 
     if isinstance(files_of(items[0])[0], scenes.Scene):
         return np.zeros(len(items), dtype=bool)
+    files = [files_of(item)[0] for item in items]
+    distinct = list(dict.fromkeys(files))  # a picture has several questions
     with ThreadPoolExecutor(16) as pool:
-        return np.fromiter(pool.map(is_wide, items), dtype=bool, count=len(items))
+        wide = dict(zip(distinct, pool.map(is_wide, distinct), strict=True))
+    return np.array([wide[file] for file in files])
 
 
 def _random_box(wide_high: tuple[int, int], rng: random.Random) -> tuple[float, float, float, float] | None:
@@ -424,7 +429,7 @@ class Pictures(Samples):
 class Examples(Samples):
     """Examples as samples: {"example_id", "image_id", "pixels" or "regions", "texts", "label", "soft"}.
 
-    pixels: [3, S, S], of pairs [2, 3, S, S]. texts: one text, of one part: token ids cut to `max_len`. label: -100
+    pixels: [3, S, S], of pairs a list of two. texts: one text, of one part: token ids cut to `max_len`. label: -100
     where hidden. soft: (class, score) of each answer in the vocabulary `answers`, for VQA.
     """
 

@@ -772,12 +772,15 @@ def pairs_of(items, edited=False):
     is not false), and with `edited` the second is instead the own caption with a word changed so that it is false.
     """
     from data import Example
+    from language import clean_caption
 
-    pairs = []
+    items, pairs = [item for item in items if item.captions], []
     for k, item in enumerate(items):
         luck = random.Random(f"pairs/{item.image_id}")
         some = [items[i] for i in luck.sample(range(len(items)), min(len(items), 50))]
-        texts = (other.captions[0] for other in some if other.image != item.image)
+        own = set(map(clean_caption, item.captions))  # pictures may share one
+        texts = (other.captions[0] for other in some
+                 if other.image != item.image and clean_caption(other.captions[0]) not in own)  # fmt: skip
         if hasattr(item.image, "objects"):
             from tools import judge
 

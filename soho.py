@@ -254,8 +254,8 @@ class Dictionary(nn.Module):
         self.counts = n
         self.cluster_sum += n
         # OFFICIAL: N <- decay N + (1 - decay) n;  M <- decay M + (1 - decay) s
-        self.cluster_size.lerp_(n, 1 - self.decay)
-        self.embed_avg.lerp_(s, 1 - self.decay)
+        self.cluster_size.mul_(self.decay).add_(n, alpha=1 - self.decay)
+        self.embed_avg.mul_(self.decay).add_(s, alpha=1 - self.decay)
         if self.rule == "official":
             # T = sum_j N_j;  d <- M / ((N + eps) / (T + K eps) T): a code that nothing chooses shrinks to zero
             total, eps = self.cluster_size.sum(), 1e-5
@@ -332,11 +332,14 @@ class EncoderBlock(nn.Module):
         self.att_norm, self.ffn_norm = nn.LayerNorm(D, eps=BERT_EPS), nn.LayerNorm(D, eps=BERT_EPS)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, keep_mask):
+    def forward(self, x, keep_mask, n=None):
+        """States [R, L, D] -> the new states of all L tokens, or of the first `n` alone: after the last block ITM and
+        answers look at one, and a ranking is half the work."""
         R, L, D = x.size()  # rows, tokens of text and picture, width
         q, k, v = self.qkv(x).view(R, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [R, H, L, D/H]
+        x, q = x[:, :n], q[:, :, :n]
         mixed = F.scaled_dot_product_attention(q, k, v, keep_mask, self.p if self.training else 0.0)
-        x = self.att_norm(x + self.dropout(self.out(mixed.transpose(1, 2).reshape(R, L, D))))
+        x = self.att_norm(x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2))))
         return self.ffn_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -408,12 +411,12 @@ class SOHO(nn.Module, ask.Verbs):
         places = sine_positions(keep_mask, x.size(2)).flatten(2).transpose(1, 2)  # [B, N, D]
         return self.visual_norm(x + places.repeat_interleave(k, 0))
 
-    def encode(self, text, keep_mask, visual, visual_keep_mask):
-        """Embedded words [R, T, D] and visual tokens [R, N, D] -> [R, T + N, D], text first."""
+    def encode(self, text, keep_mask, visual, visual_keep_mask, n=None):
+        """Embedded words [R, T, D] and visual tokens [R, N, D] -> [R, T + N, D], text first; or the first `n` alone."""
         x = torch.cat([text, visual.to(text.dtype)], dim=1)
         keep = torch.cat([keep_mask, visual_keep_mask], dim=1)[:, None, None]  # [R, 1, 1, T + N], True = attend
-        for block in self.encoder:
-            x = block(x, keep)
+        for i, block in enumerate(self.encoder, 1):
+            x = block(x, keep, n if i == len(self.encoder) else None)
         return x
 
     def forward(self, batch: dict) -> dict:
@@ -450,7 +453,8 @@ class SOHO(nn.Module, ask.Verbs):
             ids, keep = ids.repeat_interleave(2, 0), keep.repeat_interleave(2, 0)
         k = len(ids) // n
         visual = self.place(seen["tokens"], seen["keep_mask"], None, k)
-        first = self.encode(self.text(ids), keep, visual, seen["keep_mask"].flatten(1).repeat_interleave(k, 0))[:, 0]
+        cells = seen["keep_mask"].flatten(1).repeat_interleave(k, 0)
+        first = self.encode(self.text(ids), keep, visual, cells, n=1)[:, 0]
         if self.cfg.task == "nlvr2":
             first = first.view(n // 2, -1)  # [B, 2 D]
         return self.itm_head(first) if hasattr(self, "itm_head") else self.answer_head(first)
@@ -477,7 +481,7 @@ class SOHO(nn.Module, ask.Verbs):
         """B pictures and M texts, encoded -> [B, M], log odds of belonging together: every pair passes the encoder."""
         rows, M = [], len(texts[0])
         for visual, keep in zip(*images, strict=True):
-            x = self.encode(*texts, visual.expand(M, -1, -1), keep.expand(M, -1))[:, 0]
+            x = self.encode(*texts, visual.expand(M, -1, -1), keep.expand(M, -1), n=1)[:, 0]
             rows.append(self.itm_head(x).float() @ torch.tensor([-1.0, 1.0], device=x.device))
         return torch.stack(rows)
 
@@ -595,13 +599,13 @@ def grid(shape, cfg: Config) -> tuple[int, int]:
 
 
 def same_code(codes, keep_mask, anchors, has_mvm):
-    """Which cells MVM hides, bool [R, N]: where has_mvm [R], all that have the code of the cell anchors [R]; none where
-    that cell is no part of the picture. codes, keep_mask [R, N].
+    """Which cells MVM hides, bool [R, N]: where has_mvm [R], all of the picture that have the code of the cell anchors
+    [R]; none where that cell is no part of the picture. codes, keep_mask [R, N].
 
     PAPER: neighbours often have the same code, so a single hidden cell would be given away by the next one.
     """
     has_mvm = has_mvm & keep_mask.gather(1, anchors[:, None])[:, 0]
-    return (codes == codes.gather(1, anchors[:, None])) & has_mvm[:, None]
+    return (codes == codes.gather(1, anchors[:, None])) & keep_mask & has_mvm[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -881,6 +885,7 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
     samples = samples_of(cfg, model, corpus, corpus.splits["train"], train=True)
     pictures = cfg.batch // cfg.captions_per_image
     is_wide = data.are_wide(samples.items) if cfg.short_side != cfg.long_side else None  # OFFICIAL: batches of one kind
+    is_wide = common.share_from_main(is_wide)  # a file that one process cannot read must not change its order
     loader = data.train_loader(samples, pictures, machine.workers, machine.rank, machine.processes, cfg.seed, start,
                                cfg.steps, pin=machine.device.type == "cuda", is_second=is_wide)  # fmt: skip
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)

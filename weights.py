@@ -145,7 +145,8 @@ def load_parts(model, state: dict, names: dict, not_used: tuple[str, ...], what:
     if not there:
         raise UserError(f"{what} has nothing for this model; its first keys are {', '.join(list(state)[:3])}")
     kept = {ours: theirs for ours, theirs in names.items() if ours.split(".")[0] in there}
-    load_renamed(model, state, kept, not_used, what, may_lack=tuple(f"{name}." for name in fresh))
+    may_lack = ("num_batches_tracked", *(f"{name}." for name in fresh))  # the first is a count that nothing reads
+    load_renamed(model, state, kept, not_used, what, may_lack)
     left = {key.split(".")[0] for key in state} - {key.split(".")[0] for ours in kept for key in lists[ours]}
     told = (("has", sorted(there)), ("new here", fresh), ("not used", sorted(left)))
     return f"{what}: " + "; ".join(f"{title} {', '.join(parts)}" for title, parts in told if parts)

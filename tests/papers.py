@@ -10,7 +10,8 @@ PAPERS = {
     "vcgpt": "--width 32 --heads 2 --mlp 64 --vision-width 32 --vision-heads 2 --fusion-layers 1 --lm-steps 2 "
     "--max-new 12",
     "tden": "--width 32 --heads 2 --mlp 64 --pooled 16 --max-new 12",
-    "soho": "--width 32 --heads 2 --mlp 64 --layers 1 --cnn-width 8 --codes 16 --short-side 32 --long-side 32 --gallery 6",
+    "soho": "--width 32 --heads 2 --mlp 64 --layers 1 --cnn-width 8 --codes 16 --short-side 32 "
+    "--long-side 32 --gallery 6",
 }
 RANDOM = {"vcgpt": "--augment crop"}  # what makes its training random, beside --dropout: a resumed run repeats it
 UPDATES = {"tden": 2}  # optimizer updates in a training step, where they are not one

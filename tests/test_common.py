@@ -275,3 +275,32 @@ def test_lost_links(tmp_path, machine):
 def test_own_data_is_small_however_its_ending_is_written():
     assert common.default_preset("photos.JSONL") == common.default_preset("photos.csv") == "small"
     assert common.default_preset("coco") == "base" and common.default_preset("scenes") == "tiny"
+
+
+def test_tensors_of_one_process_stay_as_they_are():
+    one, two = torch.tensor([1.0, 2.0]), torch.tensor(3)
+    assert common.sum_tensors(one, two) is None and common.share_tensor(one) is None
+    assert one.tolist() == [1, 2] and two == 3
+
+
+class Block(nn.Sequential):
+    pass
+
+
+def test_what_is_computed_anew_does_not_count_twice(machine):
+    """Batch norms note the statistics of a batch once, and give them the same gradients, whether or not their block is
+    recomputed; norms that are frozen stay so."""
+    found = []
+    for is_recomputed in (False, True):
+        torch.manual_seed(0)
+        block = Block(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.BatchNorm2d(4).eval())
+        model = nn.Sequential(block, nn.Conv2d(4, 1, 1))
+        cfg = Config(gradient_checkpointing=is_recomputed)
+        model, calls = common.spread(model, cfg, machine, Block), []
+        block[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for k in range(3):
+            model(torch.full((2, 3, 2, 2), 1.0 + k) * torch.arange(2.0)[:, None, None, None]).sum().backward()
+        assert len(calls) == (6 if is_recomputed else 3)
+        assert block[1].momentum == 0.3 and block[1].num_batches_tracked == 3 and block[3].num_batches_tracked == 0
+        found.append([*model.state_dict().values(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

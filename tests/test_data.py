@@ -863,6 +863,12 @@ def test_rates_that_fall_in_steps():
     cfg = SimpleNamespace(drops="", warmup=0.2, steps=10)
     assert [common.schedule(cfg, k) for k in range(10)] == [common.linear_schedule(k, 10, 0.2) for k in range(10)]
     assert common.schedule(SimpleNamespace(drops="0.9", drop_factor=0.1, warmup=0.0, steps=10), 0) == 1
+    # from 1/3 on, in four steps: 1/3 + 2/3 * (1/4, 2/4, 3/4, 1), and the drop
+    cfg = SimpleNamespace(drops="0.8", drop_factor=0.5, warmup=0.4, warmup_from=1 / 3, steps=10)
+    found = [common.schedule(cfg, step) for step in range(10)]
+    assert found == pytest.approx([1 / 2, 2 / 3, 5 / 6, 1, 1, 1, 1, 1, 0.5, 0.5])
+    cfg.drops = "0.1"  # within the rise
+    assert [common.schedule(cfg, step) for step in (0, 1)] == pytest.approx([1 / 2, 1 / 3])
 
 
 def test_settings_above_their_limit():

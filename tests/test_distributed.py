@@ -40,6 +40,10 @@ def process(rank, world, folder, port):
     told = {"captions": captions, "metrics": scoring.caption_metrics(captions, refs)}
     told["sums"] = common.sum_over_processes([rank + 1, 0.5, torch.tensor(3)], device)
     told["lists"] = common.gather_lists([rank, "x"])
+    tensors = torch.tensor([1.0, rank]), torch.tensor(rank + 1), torch.full((2,), 10.0 + rank)
+    common.sum_tensors(*tensors[:2])
+    common.share_tensor(tensors[2])
+    told["tensors"] = [tensor.tolist() for tensor in tensors]
     run = common.Run(folder)
     try:  # the last process has a loss that is no number; the norm, which all share, tells the others
         loss = math.nan if rank == world - 1 else 1.0
@@ -78,6 +82,11 @@ def test_sums_and_lists(told):
     for (world, _), said in told.items():
         assert said["sums"] == [world * (world + 1) / 2, 0.5 * world, 3.0 * world]
         assert said["lists"] == [x for rank in range(world) for x in (rank, "x")]
+
+
+def test_tensors_are_added_up_and_shared_in_place(told):
+    for (world, _), said in told.items():
+        assert said["tensors"] == [[world, sum(range(world))], sum(range(1, world + 1)), [10, 10]]
 
 
 def test_all_processes_stop_and_name_the_guilty_ones_samples(told):

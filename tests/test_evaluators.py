@@ -1,5 +1,6 @@
 """Evaluators: every test split once, whatever the number of processes, beside its controls and result files."""
 
+import difflib
 import json
 import os
 import socket
@@ -321,3 +322,118 @@ def test_result_files_choose_the_form_of_the_task(tmp_path):
     )
     rows = [json.loads(line) for line in (tmp_path / "ve_test.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[0] == {"pairID": "0", "label": "contradiction"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image-text matching
+
+
+def photographs(tmp_path, *captions):
+    """Items of pictures that nobody opens: their names are their numbers."""
+    return [data.Item(k, tmp_path / f"{k}.jpg", said) for k, said in enumerate(captions)]
+
+
+def test_pairs_of_photographs(tmp_path):
+    """Each picture once with its first caption and once with the first caption of another, the same every time."""
+    items = photographs(tmp_path, *((f"first of {k}", f"second of {k}") for k in range(80)))
+    pairs = scoring.pairs_of(items)
+    assert [pair.label for pair in pairs] == [1, 0] * 80 and len({pair.example_id for pair in pairs}) == 160
+    for k, (right, wrong) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        assert right.image_ids == wrong.image_ids == (k,) and right.images == wrong.images == (items[k].image,)
+        assert right.text == f"first of {k}" != wrong.text and wrong.text.startswith("first of")
+    assert scoring.pairs_of(items) == pairs
+    drawn = [pair.text for pair in pairs[1::2]]
+    assert len(set(drawn)) > 35, "any other picture, not always the same one"
+    assert scoring.pairs_of(items[:1]) == [], "alone it has no other"
+    two = scoring.pairs_of(items[:2])
+    assert [pair.text for pair in two] == ["first of 0", "first of 1", "first of 1", "first of 0"]
+
+
+def test_no_text_of_its_own_is_wrong_for_a_picture(tmp_path):
+    """Not that of the same picture under another name, nor one that it shares, however it is written; pictures without
+    captions take no part."""
+    items = photographs(tmp_path, ("A dog.", "one animal"), (), ("a dog", "a cat"), ("One animal",))
+    items.append(replace(items[0], image_id=4, captions=("its twin",)))
+    may_be = {0: set(), 1: set(), 2: {"One animal", "its twin"}, 3: {"A dog.", "a dog", "its twin"},
+              4: {"a dog", "One animal"}}  # fmt: skip
+    found = {k: set() for k in may_be}
+    for other in range(0, 400, 10):  # other names, other luck
+        pairs = scoring.pairs_of([replace(item, image_id=item.image_id + other) for item in items])
+        assert [pair.image_ids[0] - other for pair in pairs] == [2, 2, 3, 3, 4, 4]
+        for pair in pairs[1::2]:
+            found[pair.image_ids[0] - other].add(pair.text)
+    assert found == may_be
+
+
+@pytest.mark.parametrize("world", ["tiny", "full"])
+def test_pairs_of_scenes_are_true_and_false(world):
+    """Never unknown, which in the full world, whose panel hides things, many captions are of other scenes. Edited: the
+    picture's own caption with a word changed, and its article."""
+    items = list(corpora.load("scenes", task="caption", world=world, n_train=2, n_val=2, n_test=60).splits["test"])
+    pairs, edited = scoring.pairs_of(items), scoring.pairs_of(items, edited=True)
+    for some in (pairs, edited):
+        assert len(some) > 80 and [pair.label for pair in some] == [1, 0] * (len(some) // 2)
+        for pair in some:
+            assert scenes.is_true(pair.text, pair.images[0]) is (Truth.TRUE if pair.label else Truth.FALSE)
+    for pair in edited[1::2]:
+        own = next(item.captions[0] for item in items if item.image_id == pair.image_ids[0])
+        words = [[w for w in scenes.normalise(text).split() if w not in ("a", "an")] for text in (own, pair.text)]
+        parts = difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes()
+        assert sum(part != "equal" for part, *_ in parts) == 1
+    firsts = {item.captions[0] for item in items}
+    assert {pair.text for pair in pairs} <= firsts and not {pair.text for pair in edited[1::2]} <= firsts
+    assert scoring.pairs_of(items) == pairs and scoring.pairs_of(items, True) == edited
+
+
+def tells(pairs):
+    """predict of a program that reads the scenes that it is given."""
+    return {pair.example_id: one_hot(scenes.is_true(pair.text, pair.images[0]) is Truth.TRUE, 2) for pair in pairs}
+
+
+def test_matching_is_scored_as_a_share_of_the_pairs():
+    items = list(load("caption", n=8).splits["test"])
+    pairs, edited = scoring.pairs_of(items), scoring.pairs_of(items, True)
+    assert scoring.score_pairs(pairs, tells) == {"itm_accuracy": 1.0}
+    always = lambda some: {pair.example_id: [0.0, 1.0] for pair in some}  # noqa: E731
+    assert scoring.score_pairs(pairs, always, edited) == {"itm_accuracy": 0.5, "itm_accuracy_edited": 0.5}
+    only_first = lambda some: tells(some) if some is pairs else always(some)  # noqa: E731
+    assert scoring.score_pairs(pairs, only_first, edited) == {"itm_accuracy": 1.0, "itm_accuracy_edited": 0.5}
+    assert scoring.score_pairs([], None) == {}
+
+
+def test_matching_on_every_test_split(tmp_path):
+    """A program that looks is right, and no longer where pictures are permuted. Photographs have no edited texts."""
+    corpus = load("caption", n=40)
+    splits, columns = scoring.evaluate_pairs(corpus, tells)
+    assert list(splits) == ["test", "test_compositional"]
+    for split, found in splits.items():
+        blind = found["controls"]["shuffled_images"]
+        assert found["metrics"] == columns[split] == {"itm_accuracy": 1.0, "itm_accuracy_edited": 1.0}
+        assert blind == columns[f"{split}, shuffled"] and blind.keys() == found["metrics"].keys()
+        assert all(0.4 < value < 0.75 for value in blind.values())
+    asked = []
+    assert scoring.evaluate_pairs(corpus, lambda some: asked.append(len(some)) or tells(some), False) == ({}, {})
+    assert len(asked) == 8, "every process takes its part"
+    photos = data.Corpus("coco", {"test": photographs(tmp_path, *((f"of {k}",) for k in range(6)))})
+    right = lambda some: {p.example_id: one_hot(p.text == f"of {p.images[0].stem}", 2) for p in some}  # noqa: E731
+    splits, _ = scoring.evaluate_pairs(photos, right)
+    assert splits["test"]["metrics"] == {"itm_accuracy": 1.0}
+    assert splits["test"]["controls"]["shuffled_images"]["itm_accuracy"] < 1
+
+
+def test_a_gallery_of_the_first_pictures(tmp_path):
+    corpus, asked = load("caption", n=30), []
+
+    def gallery(items, texts):
+        asked.append(([item.image_id for item in items], len(texts)))
+        return gallery_of(corpus)(items, texts)
+
+    splits, columns = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=1, most=12)
+    first = [item.image_id for item in corpus.splits["test"]][:12]
+    assert asked[0] == (first, 12) and splits["test"]["metrics"]["gallery"] == 12
+    assert columns["test, shuffled"]["gallery"] == 12
+    assert splits["test"]["metrics"]["R@10"] > 10 / 12 - 1e-9
+    splits, _ = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=1, most=100)
+    assert splits["test"]["metrics"]["gallery"] == 30 and asked[2][1] == 30
+    splits, _ = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=1)
+    assert "gallery" not in splits["test"]["metrics"] and asked[4][1] == 30

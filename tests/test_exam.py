@@ -155,6 +155,92 @@ def test_tables_are_joined_level_by_level():
         "shuffled": {"R@1": 0, "BLEU": 3}, "x": {"BLEU": 4}}}, "val": {"metrics": {}}}  # fmt: skip
 
 
+class Matches(Knows):
+    """It tells which texts belong to a picture: no vectors, but whatever `match` takes; it may forget all pictures."""
+
+    tok, is_blind = None, False
+
+    def encode_images(self, batch):
+        return [self.items[i].captions[0] for i in batch["image_id"]]
+
+    def encode_texts(self, texts):
+        return list(texts)
+
+    def match(self, images, texts):
+        assert not self.training and not torch.is_grad_enabled()
+        return torch.tensor([[float(a == b and not self.is_blind) for b in texts] for a in images])
+
+    def answer_scores(self, batch):
+        assert not self.training and not torch.is_grad_enabled()
+        said = {i: self.tok.encode(language.clean_caption(item.captions[0])) for i, item in self.items.items()}
+        rows = [ids[keep][1:-1].tolist() for ids, keep in zip(batch["ids"], batch["keep_mask"], strict=True)]
+        return torch.tensor([[0.5, float(said[i] == row and not self.is_blind)]
+                             for i, row in zip(batch["image_id"], rows, strict=True)])  # fmt: skip
+
+
+def matching(most=0):
+    corpus = corpora.load("scenes", task="caption", n_train=200, n_val=9, n_test=9)
+    model, asked = Matches(), []
+    told = (text for item in corpus.splits["train"] for text in item.captions)
+    model.tok = language.Tokenizer.train(map(language.clean_caption, told), 600, "wordpiece")
+    del corpus.splits["test_compositional"]
+
+    def samples(items, **more):
+        asked.append(list(items))
+        kind = data.Examples if isinstance(items[0], data.Example) else data.Pictures
+        return kind(items, model.tok, 8, regions=regions.SceneRegions(), **more)
+
+    return exam.Exam("itm", model.train(), corpus, MACHINE, samples, most), asked
+
+
+def test_matching_is_chosen_by_its_pairs(tmp_path):
+    """On val the pairs alone: right, and half right where the pictures are not looked at."""
+    one, asked = matching()
+    val = list(one.corpus.splits["val"])
+    one.model.items = {item.image_id: item for item in val}
+    assert one.on_val(val) == {"itm_accuracy": 1.0} and exam.BEST_BY["itm"] == "itm_accuracy"
+    assert [example.example_id for example in asked[0]] == [f"{k}-{n}" for k in range(9) for n in (1, 0)]
+    one.model.is_blind = True
+    assert one.on_val(val) == {"itm_accuracy": 0.5}
+
+
+def test_the_final_exam_of_matching(tmp_path):
+    """Pairs, edited texts, and the ranking of as many pictures as a gallery has, in one table."""
+    one, asked = matching(4)
+    one.model.items = {item.image_id: item for item in one.corpus.splits["test"]}
+    splits, columns = one.final(tmp_path, 3, False, 1)
+    found, blind = splits["test"]["metrics"], splits["test"]["controls"]["shuffled_images"]
+    assert found["itm_accuracy"] == found["itm_accuracy_edited"] == 1.0 and found["gallery"] == 4 and "R@1" in found
+    assert {"itm_accuracy", "itm_accuracy_edited", "R@1", "gallery"} <= set(blind) and blind["itm_accuracy"] < 1
+    assert columns == {"test": found, "test, shuffled": blind} and set(splits) == {"test"}
+    assert len(asked[0]) == 4 and len(asked[1]) == 18
+    assert (tmp_path / "samples.png").exists() and not (tmp_path / "ranking.png").exists()
+
+
+def test_a_gallery_of_val_has_its_size_too():
+    one, asked = matching(4)
+    one.task = "retrieval"
+    val = list(one.corpus.splits["val"])
+    one.model.items = {item.image_id: item for item in val}
+    assert one.on_val(val)["R@1"] > 0.4 and asked == [val[:4]]
+    one.gallery_of = 0
+    one.on_val(val)
+    assert asked[1] == val
+
+
+def test_what_matches_is_scored_by_the_model_itself():
+    """`match`, in the autocast of the run, where there is one, and not the product of vectors."""
+    one, _ = matching()
+    items, seen = list(one.corpus.splits["test"])[:3], []
+    one.model.items = {item.image_id: item for item in items}
+    original = one.model.match
+    one.model.match = lambda *two: seen.append(torch.is_autocast_enabled("cpu")) or original(*two).bfloat16()
+    one.machine = common.Machine(torch.device("cpu"), torch.bfloat16, 0, 1, 0, "test")
+    rows = one.gallery(items, [items[1].captions[0], "x"])
+    assert seen == [True] and {str(row.dtype) for row in rows.values()} == {"float32"}
+    assert [rows[item.image_id].tolist() for item in items] == [[0, 0], [1, 0], [0, 0]]
+
+
 # What users ask
 
 
@@ -208,7 +294,8 @@ def test_verbs():
 
 def test_what_a_run_says_at_its_end(tmp_path, capsys):
     for task, go_on in (("pretrain", "--caption PICTURE --init"), ("vqa", "--ask PICTURE QUESTION --init"),
-                        ("vcr", "--eval-only"), ("retrieval", "--score PICTURE TEXT --init")):  # fmt: skip
+                        ("vcr", "--eval-only"), ("retrieval", "--score PICTURE TEXT --init"),
+                        ("itm", "--score PICTURE TEXT --init"), ("caption", "--caption PICTURE --init")):  # fmt: skip
         (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "lr": 0.1}) + "\n")
         columns = {"test": {"caption_true": 0.9, "true@1": 0.5}, "test, shuffled": {"caption_true": 0.1, "true@1": 0.2}
                    } if task == "pretrain" else {"test": {"x": 0.5}}  # fmt: skip
@@ -218,6 +305,9 @@ def test_what_a_run_says_at_its_end(tmp_path, capsys):
         assert ("of the captions are true" in told) == (task == "pretrain") and "seconds in all" in told
         ranks = "50% of the scenes ranked first make the caption true, 20% with shuffled pictures: hardly a ranking"
         assert (ranks in told) == (task == "pretrain")
+        shows = {"vqa": "answers", "vcr": "answers", "retrieval": "the texts they were ranked for",
+                 "itm": "the texts they were ranked for"}.get(task, "captions")  # fmt: skip
+        assert f"samples.png: test pictures with {shows}\n" in told
     assert (tmp_path / "curves.png").exists()
 
 

@@ -6,15 +6,14 @@ answer head. Weights always go in through `tden.load_official`, sizes come from 
 of nothing to predict, tden.NOTHING ours.
 """
 
-import json
 import re
 from collections import defaultdict
-from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ledger import Ledger
 
 import common
 import decoding
@@ -26,59 +25,13 @@ AFTER_ADAMW = 1e-3
 NORM_RELATIVE, NORM_ABSOLUTE = 1e-3, 1e-5  # of norms of gradients; what is truly 0 is noise in the file
 
 
-class Ledger:
-    """Which reference arrays have been compared, and how far off the worst was."""
+def ledger(path, exempt=()):
+    """What the second pass reads is a result of the first."""
+    return Ledger(path, exempt, TOLERANCE, results=("pass2/*",))
 
-    def __init__(self, path, exempt=()):
-        self.path, self.arrays = path, np.load(path, allow_pickle=False)
-        self.config = json.loads(str(self.arrays["config_json"]))
-        self.compared, self.worst = set(), 0.0
-        results = {key for key in self.arrays.files if not self.is_given(key)}
-        self.exempt = {key for key in results if any(fnmatchcase(key, pattern) for pattern, _ in exempt)}
-        self.to_cover = results - self.exempt
 
-    @staticmethod
-    def is_given(key):
-        """Weights and inputs, also those inside groups; what the second pass reads is a result of the first."""
-        folders = key.split("/")[:-1]
-        return key == "config_json" or "weights" in folders or ("inputs" in folders and folders[0] != "pass2")
-
-    def has(self, *prefixes):
-        return all(any(key.startswith(prefix) for key in self.arrays.files) for prefix in prefixes)
-
-    def names(self, prefix):
-        """What follows the prefix in each key that has it."""
-        return [key.removeprefix(prefix) for key in self.arrays.files if key.startswith(prefix)]
-
-    def tensor(self, key):
-        return torch.from_numpy(self.arrays[key])
-
-    def labels(self, key):
-        return self.tensor(key).where(self.tensor(key) >= 0, tden.NOTHING)
-
-    def weights(self, prefix="weights/"):
-        return {name: self.tensor(prefix + name) for name in self.names(prefix)}
-
-    def check(self, key, ours, is_real=None, tolerance=TOLERANCE, relative=0.0):
-        """is_real: bool over the leading dimensions, where the numbers mean something; integers must be equal."""
-        theirs, ours = self.tensor(key), ours.detach()
-        assert tuple(ours.shape) == tuple(theirs.shape), key
-        if is_real is not None:
-            assert is_real.any(), f"{key}: nothing to compare"
-            theirs, ours = theirs[is_real], ours[is_real]
-        if theirs.dtype.is_floating_point:
-            error = (ours.double() - theirs.double()).abs()
-            assert (error <= tolerance + relative * theirs.double().abs()).all(), f"{key}: {error.max()}"
-            self.worst = max(self.worst, error.max().item())
-        else:
-            assert torch.equal(ours, theirs), key
-        self.compared.add(key)
-
-    def close(self):
-        left = sorted(self.to_cover - self.compared)
-        print(f"\ngolden {self.path.name}: {len(self.compared)} arrays compared, {len(left)} not covered, "
-              f"{len(self.exempt)} exempt, max abs err {self.worst:.1e}")  # fmt: skip
-        assert not left, left
+def labels(gold, key):
+    return gold.tensor(key).where(gold.tensor(key) >= 0, tden.NOTHING)
 
 
 def build(gold, task, state=None, **settings):
@@ -115,7 +68,7 @@ def corrupted_rows(gold):
     assert not gold.tensor("inputs/u_type_ids").any() and gold.tensor("inputs/g_type_ids").all()  # as in TDEN.pretrain
     return regions_of(gold) | {
         "u_ids": gold.tensor("inputs/u_token_ids"), "g_ids": gold.tensor("inputs/g_token_ids"), "keep_mask": keep,
-        "mlm_labels": gold.labels("inputs/mlm_labels"), "msg_labels": gold.labels("inputs/msg_labels"),
+        "mlm_labels": labels(gold, "inputs/mlm_labels"), "msg_labels": labels(gold, "inputs/msg_labels"),
         "region_is_masked": gold.tensor("inputs/moc_labels") >= 0,
         "moc_targets": gold.tensor("inputs/moc_target_probs"), "image_ids": gold.tensor("inputs/image_ids"),
     }  # fmt: skip
@@ -279,7 +232,7 @@ def check_update_between(gold):
 def check_captioner(gold):
     model = build(gold, "caption")
     rows = regions_of(gold) | {"ids": gold.tensor("captioner/inputs/token_ids")}
-    targets = gold.labels("captioner/inputs/targets")
+    targets = labels(gold, "captioner/inputs/targets")
     is_real = targets != tden.NOTHING
     out, seen = run(model, rows)
     for i, state in enumerate(seen["cross_decoder"]):
@@ -366,7 +319,7 @@ def check_everything(gold, monkeypatch):
 
 def test_official_numbers(golden_path, exempt, monkeypatch):
     path = golden_path("tden_pretrain.npz")
-    check_everything(Ledger(path, exempt(path.name)), monkeypatch)
+    check_everything(ledger(path, exempt(path.name)), monkeypatch)
 
 
 def test_no_key_is_overlooked(golden_path, tmp_path, monkeypatch, capsys):
@@ -375,16 +328,16 @@ def test_no_key_is_overlooked(golden_path, tmp_path, monkeypatch, capsys):
     arrays |= {"outputs/inputs_of_vqa": np.zeros(1), "vqa/outputs/weights": np.zeros(1), "pass2/inputs/x": np.zeros(1)}
     np.savez(tmp_path / "more.npz", **arrays, **{"vqa/inputs/x": np.zeros(1)})
     with pytest.raises(AssertionError) as told:
-        check_everything(Ledger(tmp_path / "more.npz"), monkeypatch)
+        check_everything(ledger(tmp_path / "more.npz"), monkeypatch)
     capsys.readouterr()  # its line is not that of the reference
     assert "['outputs/inputs_of_vqa', 'pass2/inputs/x', 'vqa/outputs/weights']" in str(told.value)
-    gold = Ledger(tmp_path / "more.npz", [("outputs/*", "a reason")])
+    gold = ledger(tmp_path / "more.npz", [("outputs/*", "a reason")])
     assert "outputs/region_embed" in gold.exempt and not gold.exempt & gold.to_cover
 
 
 def test_corruption_makes_what_the_file_holds(golden_path):
     """What is no luck in `corrupt`: masks, labels, the global region, which pairs are of the same picture."""
-    gold = Ledger(golden_path("tden_pretrain.npz"))
+    gold = ledger(golden_path("tden_pretrain.npz"))
     rows, ids, config = corrupted_rows(gold), gold.tensor("inputs/plain_token_ids"), gold.config
     keep, real_regions = rows["keep_mask"], rows["region_keep_mask"][:, 1:]
     B, N = real_regions.shape
