@@ -97,8 +97,10 @@ class Config(common.RunConfig):
     captions_per_image: int = 4  # captions per picture and step
     epochs: float = 40.0  # passes over the pictures, where --steps is 0
     steps: int = 0  # training updates; 0: from --epochs
+    word_steps: int = 0  # HERE[soho-12]: first of them, in which the ResNet alone learns the words said of a picture
     lr: float = 1e-4  # peak learning rate of all but the ResNet (AdamW)
-    cnn_lr: float = 1e-2  # peak learning rate of the ResNet (SGD with momentum)
+    cnn_optimizer: str = "sgd"  # of the ResNet: sgd (with momentum 0.9) | adamw, HERE[soho-10]
+    cnn_lr: float = 1e-2  # peak learning rate of the ResNet
     cnn_decay: float = 1e-4  # added to the ResNet's gradient, times its weights
     weight_decay: float = 0.01  # of all but the ResNet, biases and norms too
     beta2: float = 0.999  # AdamW's second moment; the first is 0.9
@@ -115,10 +117,11 @@ class Config(common.RunConfig):
 PRESETS = {
     # HERE[soho-10] (not in the paper): tiny learns the small world from nothing in three minutes on 2 cores
     "tiny": dict(
-        codes=64, short_side=64, long_side=64, depth=10, cnn_width=24, strides="2,1,1,2,2,1", frozen_stages=0,
-        width=128, heads=4, mlp=256, layers=2, positions=64, dropout=0.0, init_std=0.05, vocab_size=1000, mvm_prob=0.15,
-        batch=128, captions_per_image=2, steps=600, lr=1e-3, cnn_lr=0.1, warmup=0.1, warmup_from=0.0, drops="",
-        grad_clip=1.0, max_len=30, gallery=200),
+        codes=64, mvm_prob=0.15, word_mask=0.3, short_side=64, long_side=64, depth=10, cnn_width=16,
+        strides="2,2,1,2,1,1", frozen_stages=0, width=128, heads=4, mlp=256, layers=2, positions=64, dropout=0.0,
+        init_std=0.08, vocab_size=1000, batch=160, captions_per_image=5, steps=950, word_steps=250, lr=2e-3,
+        cnn_optimizer="adamw", cnn_lr=2e-3, warmup=0.1, warmup_from=0.0, drops="", grad_clip=1.0, max_len=30,
+        gallery=200),
     # HERE[soho-10] (not in the paper): small learns from a few thousand photographs, from nothing
     "small": dict(
         codes=256, short_side=192, long_side=320, depth=18, cnn_width=32, frozen_stages=0, strides="2,2,1,2,2,1",
@@ -142,7 +145,7 @@ for _task in ("vqa", "retrieval", "nlvr2", "ve"):  # HERE[soho-10] (not in the p
     RECIPES[_task, "small"] = dict(vd_mode="none", lr=2e-4, captions_per_image=1)
 
 TASKS, QUESTION_TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "ve"), ("vqa", "nlvr2", "ve")
-PARTS = ("dictionary.", "mixer.", "mask_vector.", "itm_head.", "answer_head.")  # that some tasks lack
+PARTS = ("dictionary.", "mixer.", "mask_vector.", "itm_head.", "answer_head.", "word_head.")  # that some tasks lack
 NOTHING = -100  # the label of what is not to be predicted
 BERT_EPS, NECK_EPS = 1e-12, 1e-5  # OFFICIAL: LayerNorm's epsilon in BERT, and on the visual tokens
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # 10: ours
@@ -369,6 +372,8 @@ class SOHO(nn.Module, ask.Verbs):
         self.encoder = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.layers))
         if cfg.task in ("pretrain", "retrieval"):
             self.itm_head = nn.Linear(cfg.width, 2, bias=False)  # OFFICIAL: no pooler; 1 = they belong together
+        if cfg.task == "pretrain" and cfg.word_steps:
+            self.word_head = nn.Linear(self.cnn.channels, cfg.vocab_size)
         if cfg.task in QUESTION_TASKS:
             n = len(answers) if cfg.task == "vqa" else {"nlvr2": 2, "ve": 3}[cfg.task]
             self.answer_head = answer_head(cfg.width * (2 if cfg.task == "nlvr2" else 1), 4 * cfg.width, n or 1)
@@ -421,8 +426,11 @@ class SOHO(nn.Module, ask.Verbs):
 
     def forward(self, batch: dict) -> dict:
         """What the losses of the task need; called so, because DistributedDataParallel sees nothing else."""
-        seen = self.see(normalise(batch["pixels"].flatten(0, -4), batch["sizes"].flatten(0, -2)),
-                        batch["sizes"].flatten(0, -2))  # fmt: skip
+        sizes = batch["sizes"].flatten(0, -2)  # of pairs of pictures one after another
+        images = normalise(batch["pixels"].flatten(0, -4), sizes)
+        if "words" in batch:
+            return {"words": self.word_head(self.cnn(images).amax((2, 3)))}
+        seen = self.see(images, sizes)
         if self.cfg.task == "pretrain":
             return self.pretrain(batch, seen)
         return {"logits": self.judge(batch, seen)}
@@ -443,7 +451,8 @@ class SOHO(nn.Module, ask.Verbs):
         if is_masked is not None:  # OFFICIAL: no parameters; the cosine with every code, just moved, without gradient
             is_target = is_masked & batch["mvm_counts"][:, None]
             hidden, d = x[:, T:][is_target].float(), self.dictionary.embed
-            out |= {"mvm": F.normalize(hidden, dim=-1) @ F.normalize(d, dim=-1).T, "mvm_codes": codes[is_target]}
+            with torch.autocast(x.device.type, enabled=False):
+                out |= {"mvm": F.normalize(hidden, dim=-1) @ F.normalize(d, dim=-1).T, "mvm_codes": codes[is_target]}
         return out
 
     def judge(self, batch: dict, seen: dict):
@@ -479,10 +488,10 @@ class SOHO(nn.Module, ask.Verbs):
     @torch.no_grad()
     def match(self, images: tuple, texts: tuple):
         """B pictures and M texts, encoded -> [B, M], log odds of belonging together: every pair passes the encoder."""
-        rows, M = [], len(texts[0])
+        rows, M, odds = [], len(texts[0]), self.itm_head.weight[1] - self.itm_head.weight[0]
         for visual, keep in zip(*images, strict=True):
             x = self.encode(*texts, visual.expand(M, -1, -1), keep.expand(M, -1), n=1)[:, 0]
-            rows.append(self.itm_head(x).float() @ torch.tensor([-1.0, 1.0], device=x.device))
+            rows.append((x.float() * odds).sum(1))  # no product of matrices, which would round it to bf16
         return torch.stack(rows)
 
     @torch.no_grad()
@@ -626,6 +635,12 @@ def loss_mvm(cosines, codes, temperature=1.0):
     return F.cross_entropy(cosines.float() / temperature, codes, reduction="sum") / (len(codes) + 1e-6)
 
 
+def loss_words(logits, words):
+    """Words of a picture. logits, words [B, V], 1 = said of it -> binary cross-entropy, summed over words, mean over
+    pictures."""
+    return F.binary_cross_entropy_with_logits(logits.float(), words, reduction="sum") / len(logits)
+
+
 def loss_itm(logits, labels):
     """Image-text matching. logits [R, 2], labels [R], 1 = they belong together -> mean cross-entropy."""
     return F.cross_entropy(logits.float(), labels)
@@ -657,8 +672,24 @@ def rows_of(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Gener
     return rows | {name: batch[name] for name in ("ids", "keep_mask", label)}
 
 
+def words_of(batch: dict, tok: language.Tokenizer, cfg: Config) -> dict:
+    """A loader's captions with pictures -> what the first `word_steps` read: pixels, sizes, and words [B, V], 1 where a
+    token is in one of the picture's captions.
+
+    HERE[soho-12] (not in the paper): SOHO starts from a ResNet that knows ImageNet's classes. One that starts from
+    nothing learns colours from MLM and ITM within minutes, but no shapes; words as labels are a quick substitute
+    (Joulin et al. 2016, arXiv 1511.02251).
+    """
+    B = len(batch["pixels"])
+    words = torch.zeros(B, cfg.vocab_size).scatter_(1, batch["ids"].view(B, -1), 1.0)
+    words[:, [tok.bos, tok.pad]] = 0.0
+    return {"pixels": batch["pixels"], "sizes": batch["sizes"], "words": words}
+
+
 def losses(cfg: Config, out: dict, rows: dict) -> dict:
     """{loss: scalar}; their sum, each with weight 1, is what is minimised."""
+    if "words" in out:
+        return {"words": loss_words(out["words"], rows["words"])}
     if cfg.task == "pretrain":
         found = {"mlm": loss_mlm(out["mlm"], rows["mlm_labels"][rows["mlm_labels"] != NOTHING])}
         if "mvm" in out:
@@ -791,12 +822,13 @@ class Optimizers:
         cnn, rest = ([p for is_cnn, p in named if is_cnn == which] for which in (True, False))
         assert len(cnn) + len(rest) == len({id(p) for _, p in named})
         # OFFICIAL: decay on biases and norms too, and eps beside the root that is not corrected, see `step`
-        rest = [dict(params=rest, lr=cfg.lr, peak=cfg.lr)]
-        self.adamw = torch.optim.AdamW(rest, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-        cnn = [dict(params=cnn, lr=cfg.cnn_lr, peak=cfg.cnn_lr)]
-        self.sgd = torch.optim.SGD(cnn, momentum=0.9, weight_decay=cfg.cnn_decay)
-        self.both, self.beta2 = (self.adamw, self.sgd), cfg.beta2
-        self.param_groups = [*self.adamw.param_groups, *self.sgd.param_groups]
+        rest = dict(params=rest, lr=cfg.lr, peak=cfg.lr)
+        cnn = dict(params=cnn, lr=cfg.cnn_lr, peak=cfg.cnn_lr)
+        by_adam = [rest, cnn] if cfg.cnn_optimizer == "adamw" else [rest]
+        self.adamw = torch.optim.AdamW(by_adam, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+        self.both, self.beta2 = [self.adamw], cfg.beta2
+        if cfg.cnn_optimizer == "sgd":
+            self.both.append(torch.optim.SGD([cnn], momentum=0.9, weight_decay=cfg.cnn_decay))
 
     def step(self, share: float, number: int) -> None:
         """Update `number`, from 1 on, with this share of the peak rates.
@@ -804,19 +836,20 @@ class Optimizers:
         OFFICIAL: p <- p - lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + 1e-6). torch adds its eps after dividing
         the root by sqrt(1 - beta2^t), so with eps divided likewise its rule is the same.
         """
-        for group in self.param_groups:
-            group["lr"] = group["peak"] * share
-        self.adamw.param_groups[0]["eps"] = 1e-6 / math.sqrt(1 - self.beta2**number)
         for optimizer in self.both:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+                if optimizer is self.adamw:
+                    group["eps"] = 1e-6 / math.sqrt(1 - self.beta2**number)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "sgd": self.sgd.state_dict()}
+        return {str(k): optimizer.state_dict() for k, optimizer in enumerate(self.both)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"]), self.sgd.load_state_dict(state["sgd"])
-        self.param_groups = [*self.adamw.param_groups, *self.sgd.param_groups]
+        for k, optimizer in enumerate(self.both):
+            optimizer.load_state_dict(state[str(k)])
 
 
 def build(cfg: Config, corpus, checkpoint: Path | None = None) -> SOHO:
@@ -904,7 +937,10 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
             with log.waiting():
                 batch = next(batches)
             luck = torch.Generator().manual_seed(seed + 2**40)  # not the numbers that dropout draws
-            rows = data.to_device(model, rows_of(batch, model.tokenizer, cfg, luck))
+            is_word_step = step < cfg.word_steps and cfg.task == "pretrain"
+            tok = model.tokenizer
+            rows = words_of(batch, tok, cfg) if is_word_step else rows_of(batch, tok, cfg, luck)
+            rows = data.to_device(model, rows)
             told = [len(batch["bad"]), stop.signum > 0]
             bad_in_all, stops = common.sum_over_processes(told, machine.device)
             if bad_in_all:
@@ -923,7 +959,7 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
             common.stop_if_not_finite(norm, float(sum(logged.values())), batch["image_id"], step + 1, run)
             share = common.schedule(cfg, step)
             optimizer.step(share, step + 1)
-            if cfg.vd_mode != "none":
+            if cfg.vd_mode != "none" and not is_word_step:
                 logged |= model.dictionary.state()
             log.step(step + 1, logged, cfg.lr * share, norm, cfg.batch)
             is_due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps
@@ -1007,7 +1043,7 @@ def check(cfg: Config) -> None:
     common.check_numbers(cfg, "batch captions_per_image max_len width heads layers positions codes short_side "
                          "long_side cnn_width negatives")  # fmt: skip
     for name, choices in (("task", TASKS), ("vd-mode", ("gate", "replace", "residual", "none")),
-                          ("vd-update", ("official", "paper")), ("depth", tuple(BLOCKS)),
+                          ("vd-update", ("official", "paper")), ("cnn-optimizer", ("sgd", "adamw")), ("depth", tuple(BLOCKS)),
                           ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     for name, form, n in (("strides", r"[1-9](,[1-9])*", (6,)), ("train_sides", r"([1-9]\d*(,[1-9]\d*)*)?", (1, 3))):

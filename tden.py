@@ -153,11 +153,10 @@ RECIPES = {
     ("scst", "small"): dict(epochs=2.0, lr=1e-4, batch=50, captions_per_image=5, warmup=0.0),
 }  # fmt: skip
 
-DECODING, TASKS = ["beam", "max_new"], ("pretrain", "retrieval", "vqa", "vcr", "caption", "scst")
-QUESTION_TASKS = ("vqa", "vcr")
+TASKS, QUESTION_TASKS = ("pretrain", "retrieval", "vqa", "vcr", "caption", "scst"), ("vqa", "vcr")
 PARTS = ("cross_encoder.", "cross_decoder.", "lm_head.", "moc_head.", "ism.", "answer_head.")  # that some tasks lack
 TEXT = ("ids", "segments", "keep_mask", "targets", "labels")  # what a question's rows take from a loader's batch
-NOTHING = -100  # the label of what is not to be predicted
+DECODING, NOTHING = ["beam", "max_new"], -100  # flags of decoding; the label of what is not to be predicted
 LM_EPS, EMBED_EPS = 1e-12, 1e-5  # OFFICIAL: LayerNorm's epsilon in blocks and heads, and in embeddings and answer heads
 
 # ---------------------------------------------------------------------------------------------------------------------
