@@ -930,14 +930,16 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
         best = asked.validate(cfg, run, log, start, best)
     with common.StopRequest() as stop, contextlib.closing(iter(loader)) as batches:
         for step in range(start, cfg.steps):
-            model.cnn.is_frozen = step < cfg.freeze_cnn * cfg.steps  # PAPER: while the dictionary is still random
+            is_word_step = step < cfg.word_steps
+            # PAPER: frozen while the dictionary is still random
+            frozen_to = cfg.word_steps + cfg.freeze_cnn * (cfg.steps - cfg.word_steps)
+            model.cnn.is_frozen = not is_word_step and step < frozen_to
             model.train()
             seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
             torch.manual_seed(seed)  # of dropout
             with log.waiting():
                 batch = next(batches)
             luck = torch.Generator().manual_seed(seed + 2**40)  # not the numbers that dropout draws
-            is_word_step = step < cfg.word_steps and cfg.task == "pretrain"
             tok = model.tokenizer
             rows = words_of(batch, tok, cfg) if is_word_step else rows_of(batch, tok, cfg, luck)
             rows = data.to_device(model, rows)
@@ -1043,8 +1045,8 @@ def check(cfg: Config) -> None:
     common.check_numbers(cfg, "batch captions_per_image max_len width heads layers positions codes short_side "
                          "long_side cnn_width negatives")  # fmt: skip
     for name, choices in (("task", TASKS), ("vd-mode", ("gate", "replace", "residual", "none")),
-                          ("vd-update", ("official", "paper")), ("cnn-optimizer", ("sgd", "adamw")), ("depth", tuple(BLOCKS)),
-                          ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
+                          ("vd-update", ("official", "paper")), ("cnn-optimizer", ("sgd", "adamw")),
+                          ("depth", tuple(BLOCKS)), ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     for name, form, n in (("strides", r"[1-9](,[1-9])*", (6,)), ("train_sides", r"([1-9]\d*(,[1-9]\d*)*)?", (1, 3))):
         value = getattr(cfg, name)
@@ -1087,7 +1089,8 @@ def main(argv: list[str] | None = None) -> None:
     if command.eval_only is not None:
         return compare.evaluate_runs(command.eval_only, given, "soho", Config, ["gallery"], check, evaluate_run)
     cfg, checkpoint = common.configure(Config, given, "soho", PRESETS, RECIPES, SIZES, takes_files=True)
-    cfg.captions_per_image = cfg.captions_per_image if cfg.task == "pretrain" else 1
+    if cfg.task != "pretrain":
+        cfg.captions_per_image, cfg.word_steps = 1, 0
     check(cfg)
     machine = common.start_machine(cfg)
     corpus = load_data(cfg)

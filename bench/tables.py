@@ -61,6 +61,11 @@ TDEN_STARTS = (
     Row("after one pass", start="one pass"),
     Row("after shared", start="shared"),
 )
+SOHO_STARTS = (
+    Row("from scratch"),
+    Row("after dictionary and MVM", start="dictionary and MVM"),
+    Row("after no dictionary", start="no dictionary"),
+)
 PLANS = {
     "tden": (
         Table("pretrain", 600, "true@1 R@1 caption_true CIDEr_D", (
@@ -79,6 +84,23 @@ PLANS = {
         Table("vqa", 300, "vqa_accuracy vqa_accuracy_yes/no vqa_accuracy_color", TDEN_STARTS),
         Table("vcr", 100, "vcr_qa vcr_qar vcr_q2ar", TDEN_STARTS[:2]),
         Table("caption", 300, "caption_true CIDEr_D BLEU_4", TDEN_STARTS),
+    ),
+    "soho": (
+        Table("pretrain", 700, "itm_accuracy itm_accuracy_edited true@1 codes_used", (
+            Row("dictionary and MVM", "--mvm-prob 0.15"),
+            Row("dictionary", "--mvm-prob 0"),
+            Row("no dictionary", "--vd-mode none"),
+            Row("coin 0.015", "--mvm-prob 0.015"),
+            Row("coin 1", "--mvm-prob 1"),
+            Row("frozen ResNet", "--freeze-cnn 1"),  # but for what it learned in word_steps
+            Row("code alone", "--vd-mode replace"),
+            Row("update of the paper", "--vd-update paper"),
+            Row("full world", "--world full"),
+        )),
+        Table("vqa", 300, "vqa_accuracy vqa_accuracy_yes/no vqa_accuracy_color", SOHO_STARTS),
+        Table("nlvr2", 300, "nlvr2_accuracy nlvr2_consistency", SOHO_STARTS),
+        Table("ve", 300, "ve_accuracy", (Row("from scratch", "--world full"),
+                                         Row("after full world", "--world full", start="full world"))),
     ),
 }  # fmt: skip
 
