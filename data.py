@@ -42,7 +42,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 import scenes
-from common import UserError
+from common import UserError, gather_lists
 from language import SIDES, Tokenizer, clean_caption, swap_sides
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,6 +664,19 @@ def pieces_of(rows: dict[str, torch.Tensor], pairs: int) -> list[dict[str, torch
     pictures = max(1, pairs * B // most) if pairs else B
     cut = {name: x.split(pictures * (len(x) // B)) for name, x in rows.items()}
     return [dict(zip(cut, piece, strict=True)) for piece in zip(*cut.values(), strict=True)]
+
+
+def equal_pieces(rows: dict[str, torch.Tensor], pairs: int) -> list[dict[str, torch.Tensor]]:
+    """As pieces_of, but as many on every process, where each piece exchanges something: also where one process has
+    fewer pictures, unreadable ones being left out. Sizes of pieces differ by one picture."""
+    if not pairs:
+        return [rows]
+    B, most = min(map(len, rows.values())), max(map(len, rows.values()))
+    shares = gather_lists([(B, math.ceil(most / pairs))])
+    n = min(min(B for B, _ in shares), max(wanted for _, wanted in shares))
+    first = [round(i * B / n) for i in range(n + 1)]
+    return [{name: x[a * (len(x) // B) : b * (len(x) // B)] for name, x in rows.items()}
+            for a, b in zip(first, first[1:], strict=False)]  # fmt: skip
 
 
 def picture_numbers(batch: dict, k: int) -> torch.Tensor:

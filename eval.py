@@ -817,9 +817,12 @@ def evaluate_pairs(corpus, predict, is_main=True):
     return splits, columns
 
 
-def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000, sheet="samples.png", most=0):
+def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold=1000, sheet="samples.png", most=0,
+                       galleries=1):
     """Every test split as a gallery, with the first `n_captions` captions of each picture, for any model that scores.
-    most: of larger splits the first so many pictures alone, which then stand under "gallery" in the metrics.
+    most: of larger splits the first so many pictures alone, which then stand under "gallery" in the metrics; with
+    galleries=5 five such galleries one after another, as far as there are pictures: means over them, and under "R@1 +-"
+    half of the 95 % interval of the mean (Student's t).
 
     gallery(items, texts) -> what score_gallery gives. Larger galleries of whole folds are also cut into them: the
     mean over folds of `fold` consecutive pictures is named "R@1 of 1,000". Returns what evaluate_captions does.
@@ -828,24 +831,39 @@ def evaluate_retrieval(corpus, gallery, folder, is_main=True, n_captions=5, fold
 
     splits, columns, tests = {}, {}, corpus.finally_evaluated()
     for split in tests:
-        items = list(corpus.splits[split][: most or None])
-        texts = [text for item in items for text in item.captions[:n_captions]]
-        owner = [k for k, item in enumerate(items) for _ in item.captions[:n_captions]]
-        rows = gallery(items, texts)
-        if not is_main:
-            continue
-        scores = np.stack([rows[item.image_id] for item in items])  # [images, texts]
-        truths = judge.truth_table(items, texts) if hasattr(items[0].image, "objects") else None
-        permuted = scores[shuffled(list(range(len(items))))]  # costs no model, like permuted captions
-        for name, matrix in ((split, scores), (f"{split}, shuffled", permuted)):
-            columns[name] = recalls(matrix, owner)
-            if len(items) > fold and len(items) % fold == 0:
-                of_folds = recalls(matrix, owner, fold)
-                columns[name] |= {f"{recall} of {fold:,}": value for recall, value in of_folds.items()}
-            columns[name] |= judge.gallery_truth(matrix, truths) if truths is not None else {}
-            columns[name] |= {"gallery": len(items)} if most else {}
-        controls = {"shuffled_images": columns[f"{split}, shuffled"]}
-        splits[split] = {"metrics": columns[split], "controls": controls}
-        if split == tests[0]:
-            sheets.draw_ranking(folder / sheet, items, texts, owner, scores)
+        whole, found = list(corpus.splits[split]), {split: [], f"{split}, shuffled": []}
+        size = min(most, len(whole)) or len(whole)
+        for k in range(min(galleries, len(whole) // size)):
+            items = whole[k * size : (k + 1) * size]
+            texts = [text for item in items for text in item.captions[:n_captions]]
+            owner = [j for j, item in enumerate(items) for _ in item.captions[:n_captions]]
+            rows = gallery(items, texts)
+            if not is_main:
+                continue
+            scores = np.stack([rows[item.image_id] for item in items])  # [images, texts]
+            truths = judge.truth_table(items, texts) if hasattr(items[0].image, "objects") else None
+            permuted = scores[shuffled(list(range(len(items))))]  # costs no model, like permuted captions
+            for name, matrix in ((split, scores), (f"{split}, shuffled", permuted)):
+                metrics = recalls(matrix, owner)
+                if len(items) > fold and len(items) % fold == 0:
+                    of_folds = recalls(matrix, owner, fold)
+                    metrics |= {f"{recall} of {fold:,}": value for recall, value in of_folds.items()}
+                metrics |= judge.gallery_truth(matrix, truths) if truths is not None else {}
+                found[name].append(metrics | ({"gallery": len(items)} if most else {}))
+            if split == tests[0] and k == 0:
+                sheets.draw_ranking(folder / sheet, items, texts, owner, scores)
+        if is_main:
+            columns |= {name: _mean_of(metrics) for name, metrics in found.items()}
+            splits[split] = {"metrics": columns[split], "controls": {"shuffled_images": columns[f"{split}, shuffled"]}}
     return splits, columns
+
+
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %
+
+
+def _mean_of(rows):
+    """[{name: value} of each gallery] -> their means, and for two to ten galleries half of the interval."""
+    found, n = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, len(rows)
+    for name in [name for name in found if "R@" in name and n in STUDENT_T]:
+        found[f"{name} +-"] = STUDENT_T[n] * float(np.std([row[name] for row in rows], ddof=1)) / math.sqrt(n)
+    return found

@@ -45,7 +45,6 @@ import common
 import corpora
 import data
 import language
-import regions
 import weights
 from common import UserError
 from tools import ask, compare, exam, finish
@@ -112,6 +111,7 @@ class Config(common.RunConfig):
     max_len: int = 14  # word pieces of a text, special ones apart
     train_on: str = "train"  # of vqa: train | train+val (but for 3,000 questions) | train+val+vg (Visual Genome)
     gallery: int = 0  # pictures that retrieval ranks, the first of each split; 0: all
+    galleries: int = 1  # how many such galleries of the test split are ranked, one after another
 
 
 PRESETS = {
@@ -146,7 +146,7 @@ for _task in ("vqa", "retrieval", "nlvr2", "ve"):  # HERE[soho-10] (not in the p
 
 TASKS, QUESTION_TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "ve"), ("vqa", "nlvr2", "ve")
 PARTS = ("dictionary.", "mixer.", "mask_vector.", "itm_head.", "answer_head.", "word_head.")  # that some tasks lack
-NOTHING = -100  # the label of what is not to be predicted
+DECODING, NOTHING = ["gallery", "galleries"], -100  # flags of an evaluation; the label of what is not to be predicted
 BERT_EPS, NECK_EPS = 1e-12, 1e-5  # OFFICIAL: LayerNorm's epsilon in BERT, and on the visual tokens
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # 10: ours
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of red, green and blue in 0 to 255
@@ -393,6 +393,12 @@ class SOHO(nn.Module, ask.Verbs):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @staticmethod
+    def pictures(batch: dict) -> tuple:
+        """Normalised pictures and their sizes, of pairs one after the other."""
+        sizes = batch["sizes"].flatten(0, -2)
+        return normalise(batch["pixels"].flatten(0, -4), sizes), sizes
+
     def see(self, images, sizes) -> dict:
         """Normalised pictures [B, 3, H, W] of heights and widths `sizes` [B, 2], the rest 0 -> what stands in each of
         h x w cells: features v [B, D, h, w], keep_mask bool [B, h, w], and with a dictionary tokens [B, D, h, w] and
@@ -426,8 +432,7 @@ class SOHO(nn.Module, ask.Verbs):
 
     def forward(self, batch: dict) -> dict:
         """What the losses of the task need; called so, because DistributedDataParallel sees nothing else."""
-        sizes = batch["sizes"].flatten(0, -2)  # of pairs of pictures one after another
-        images = normalise(batch["pixels"].flatten(0, -4), sizes)
+        images, sizes = self.pictures(batch)
         if "words" in batch:
             return {"words": self.word_head(self.cnn(images).amax((2, 3)))}
         seen = self.see(images, sizes)
@@ -473,8 +478,7 @@ class SOHO(nn.Module, ask.Verbs):
     @torch.no_grad()
     def encode_images(self, batch: dict) -> tuple:
         """Pictures of a loader's batch -> visual tokens [B, N, D] and their keep mask [B, N], made once."""
-        batch = data.to_device(self, {name: batch[name] for name in ("pixels", "sizes")})
-        seen = self.see(normalise(batch["pixels"], batch["sizes"]), batch["sizes"])
+        seen = self.see(*self.pictures(data.to_device(self, {name: batch[name] for name in ("pixels", "sizes")})))
         return self.place(seen["tokens"], seen["keep_mask"]), seen["keep_mask"].flatten(1)
 
     @torch.no_grad()
@@ -499,22 +503,18 @@ class SOHO(nn.Module, ask.Verbs):
         """Samples of a loader -> [B, answers]; of a pre-trained model [B, 2], the second for a match."""
         rows = {name: batch[name] for name in ("pixels", "sizes", "ids", "keep_mask")}
         rows = data.to_device(self, rows)
-        sizes = rows["sizes"].flatten(0, -2)
-        return self.judge(rows, self.see(normalise(rows["pixels"].flatten(0, -4), sizes), sizes))
+        return self.judge(rows, self.see(*self.pictures(rows)))
+
+    @torch.no_grad()
+    def codes_in(self, batch: dict) -> set:
+        """The codes that the cells of a loader's batch choose."""
+        seen = self.see(*self.pictures(data.to_device(self, {name: batch[name] for name in ("pixels", "sizes")})))
+        return set(seen["codes"][seen["keep_mask"]].tolist())
 
     def score(self, picture, text: str) -> float:
         """The probability that a text belongs to a picture: 0 to 1."""
         self._need("itm_head", "--task pretrain or retrieval", "scores")
         return self.match(self.encode_images(self._look(picture)), self.encode_texts([text])).sigmoid().item()
-
-    def _look(self, picture) -> dict:
-        """One picture as a loader's batch has it: a path, a PIL image, or of scenes SPLIT:NUMBER."""
-        cfg = self.cfg
-        try:
-            image = data.load_image(regions.scene_named(picture, cfg.world) or picture, cfg.short_side)
-        except data.BadImage as bad:
-            raise UserError(f"{bad}; give another file, or of scenes SPLIT:NUMBER, like test:0") from bad
-        return data.pad_pixels([data.within(image, cfg.short_side, cfg.long_side)], 32)
 
     @classmethod
     def from_run(cls, source: str, device="cpu") -> SOHO:
@@ -653,7 +653,7 @@ def loss_answers(logits, targets):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Step: a batch of any task, from the loader to its losses
+# Step: a batch of any task. From the loader to its losses
 
 
 def rows_of(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
@@ -786,7 +786,8 @@ def official_sizes(state: dict) -> dict:
 
 def load_official(model: SOHO, state: dict) -> str:
     """A state dict of the authors' pre-training or VQA model, into that of any task; see `weights.load_parts`."""
-    return weights.load_parts(model, tidy(state), official_names(model), OTHERS, "the authors' SOHO")
+    state = {key: x for key, x in tidy(state).items() if model.cfg.task == "vqa" or not key.startswith("head.vqa.")}
+    return weights.load_parts(model, state, official_names(model), OTHERS, "the authors' SOHO")
 
 
 BERT_SIZES = dict(vocab_size="vocab_size", width="hidden_size", heads="num_attention_heads", mlp="intermediate_size",
@@ -907,7 +908,8 @@ def samples_of(cfg: Config, model: SOHO, corpus, items, train=False):
 
 def examination(cfg: Config, model: SOHO, corpus, machine) -> exam.Exam:
     task = "itm" if cfg.task == "pretrain" else cfg.task
-    return exam.Exam(task, model, corpus, machine, partial(samples_of, cfg, model, corpus), cfg.gallery)
+    return exam.Exam(task, model, corpus, machine, partial(samples_of, cfg, model, corpus), cfg.gallery,
+                     cfg.galleries)
 
 
 def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | None = None) -> None:
@@ -936,10 +938,10 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
             model.cnn.is_frozen = not is_word_step and step < frozen_to
             model.train()
             seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
-            torch.manual_seed(seed)  # of dropout
+            torch.manual_seed(seed + 2**31)  # of dropout: other numbers than luck's; torch keeps 32 bits of a seed
             with log.waiting():
                 batch = next(batches)
-            luck = torch.Generator().manual_seed(seed + 2**40)  # not the numbers that dropout draws
+            luck = torch.Generator().manual_seed(seed)
             tok = model.tokenizer
             rows = words_of(batch, tok, cfg) if is_word_step else rows_of(batch, tok, cfg, luck)
             rows = data.to_device(model, rows)
@@ -947,7 +949,7 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
             bad_in_all, stops = common.sum_over_processes(told, machine.device)
             if bad_in_all:
                 loader.judge(common.gather_lists(batch["bad"]))
-            pieces, logged = equal_pieces(rows, cfg.micro_batch), {}
+            pieces, logged = data.equal_pieces(rows, cfg.micro_batch), {}
             for i, piece in enumerate(pieces):
                 # OFFICIAL: losses are means over a piece, and the step is their mean over pieces and processes
                 with common.synchronised(ddp, i + 1 == len(pieces)):
@@ -981,34 +983,8 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
     data.tell_of_bad([loader])
 
 
-def equal_pieces(rows: dict, pairs: int) -> list[dict]:
-    """data.pieces_of, but as many on every process, because each piece moves the dictionary of all: also where one
-    process has fewer pictures, unreadable ones being left out."""
-    if not pairs:
-        return [rows]
-    B, most = min(map(len, rows.values())), max(map(len, rows.values()))
-    shares = common.gather_lists([(B, math.ceil(most / pairs))])
-    n = min(min(B for B, _ in shares), max(wanted for _, wanted in shares))
-    first = [round(i * B / n) for i in range(n + 1)]
-    return [{name: x[a * (len(x) // B) : b * (len(x) // B)] for name, x in rows.items()}
-            for a, b in zip(first, first[1:], strict=False)]  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
-
-
-@torch.no_grad()
-def codes_used(cfg: Config, model: SOHO, corpus, items, machine) -> float:
-    """Share of the codes that are chosen for some cell of these pictures."""
-    model.eval()
-    samples, chosen = samples_of(cfg, model, corpus, items), set()
-    for batch in data.eval_loader(samples, 100, machine.workers, machine.rank, machine.processes):
-        batch = data.to_device(model, {name: batch[name] for name in ("pixels", "sizes")})
-        with machine.autocast():
-            seen = model.see(normalise(batch["pixels"], batch["sizes"]), batch["sizes"])
-        chosen |= set(seen["codes"][seen["keep_mask"]].tolist())
-    return len(set(common.gather_lists(list(chosen)))) / cfg.codes
 
 
 def final_evaluation(cfg: Config, model: SOHO, checkpoint: Path, corpus, machine, folder, started: float) -> dict:
@@ -1017,11 +993,11 @@ def final_evaluation(cfg: Config, model: SOHO, checkpoint: Path, corpus, machine
     asked = examination(cfg, model, corpus, machine)
     splits, columns = asked.final(folder, 1, cfg.official, n_texts)
     for split in corpus.finally_evaluated() if cfg.task == "pretrain" and cfg.vd_mode != "none" else ():
-        used = codes_used(cfg, model, corpus, corpus.splits[split], machine)
+        used = asked.collect(model.codes_in, corpus.splits[split])
         if machine.is_main:
-            splits[split]["metrics"]["codes_used"] = columns[split]["codes_used"] = used
+            splits[split]["metrics"]["codes_used"] = columns[split]["codes_used"] = len(used) / cfg.codes
     names = ("codes vd_mode vd_update vd_decay vd_revive mvm_prob mvm_temperature mlm_on_negatives mvm_on_negatives "
-             "freeze_cnn short_side long_side square_mask gallery init").split()  # fmt: skip
+             "freeze_cnn word_steps short_side long_side square_mask gallery galleries init").split()  # fmt: skip
     protocol = {
         **{name: getattr(cfg, name) for name in names}, "texts_per_picture": n_texts, "notes": corpus.notes,
         "checkpoint": common.how_chosen(checkpoint), "best_by": exam.BEST_BY[asked.task],
@@ -1043,7 +1019,7 @@ SIZES = ("codes square_mask depth cnn_width strides width heads mlp layers posit
 def check(cfg: Config) -> None:
     """Settings that contradict one another or are not among the choices."""
     common.check_numbers(cfg, "batch captions_per_image max_len width heads layers positions codes short_side "
-                         "long_side cnn_width negatives")  # fmt: skip
+                         "long_side cnn_width negatives galleries")  # fmt: skip
     for name, choices in (("task", TASKS), ("vd-mode", ("gate", "replace", "residual", "none")),
                           ("vd-update", ("official", "paper")), ("cnn-optimizer", ("sgd", "adamw")),
                           ("depth", tuple(BLOCKS)), ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
@@ -1085,9 +1061,9 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     given, command = common.parse_flags(Config, sys.argv[1:] if argv is None else argv, "soho.py", ask.COMMANDS)
     if command.caption or command.score or command.ask:
-        return ask.answer_commands(command, given, SOHO, "soho", ["gallery"], check)
+        return ask.answer_commands(command, given, SOHO, "soho", [], check)
     if command.eval_only is not None:
-        return compare.evaluate_runs(command.eval_only, given, "soho", Config, ["gallery"], check, evaluate_run)
+        return compare.evaluate_runs(command.eval_only, given, "soho", Config, DECODING, check, evaluate_run)
     cfg, checkpoint = common.configure(Config, given, "soho", PRESETS, RECIPES, SIZES, takes_files=True)
     if cfg.task != "pretrain":
         cfg.captions_per_image, cfg.word_steps = 1, 0

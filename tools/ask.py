@@ -69,6 +69,12 @@ class Verbs:
             raise UserError(f"this run is of --task {self.cfg.task} and gives no {what}: take a run of {task}")
 
     def _look(self, picture) -> dict:
-        """The region tensors of one picture, as a loader's batch has them."""
+        """The regions or, where the model reads pixels, the pixels of one picture, as a loader's batch has them."""
         cfg = self.cfg
+        if not hasattr(cfg, "regions"):
+            try:
+                image = data.load_image(regions.scene_named(picture, cfg.world) or picture, cfg.short_side)
+            except data.BadImage as bad:
+                raise UserError(f"{bad}; give another file, or of scenes SPLIT:NUMBER, like test:0") from bad
+            return data.pad_pixels([data.within(image, cfg.short_side, cfg.long_side)], 32)
         return data.pad_regions([regions.of_picture(picture, cfg.regions, cfg.data, cfg.world, cfg.max_regions)])

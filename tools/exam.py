@@ -30,6 +30,7 @@ class Exam:
     a batch of them: caption_batch(batch, beam) -> B captions; encode_images(batch) and encode_texts(texts) -> vectors
     whose dot product is the score, or whatever match(images, texts) -> [B, texts] takes; answer_scores(batch) -> scores
     of the answers, of itm [B, 2], the second for a match. gallery_of: pictures of a gallery; 0: the whole split.
+    galleries: how many of them.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Exam:
     machine: common.Machine
     samples: Callable
     gallery_of: int = 0
+    galleries: int = 1
 
     def _loader(self, items, **more):
         self.model.eval()
@@ -68,6 +70,15 @@ class Exam:
         more = dict(zip(("task", "answer"), which, strict=False))
         with self.machine.autocast():
             return scoring.predict_split(self.model.answer_scores, self._loader(items, **more))
+
+    @torch.no_grad()
+    def collect(self, found_in: Callable, items) -> set:
+        """All that found_in(batch), a set, finds in the batches of some items."""
+        found = set()
+        for batch in self._loader(items):
+            with self.machine.autocast():
+                found |= found_in(batch)
+        return set(common.gather_lists(list(found)))
 
     def on_val(self, items) -> dict[str, Any]:
         """Metrics of the task on some items: captions are greedy, galleries have one text a picture."""
@@ -111,7 +122,8 @@ class Exam:
         if self.task in MATCHES:
             sheet = "ranking.png" if self.task in TELLS else "samples.png"
             splits, columns = scoring.evaluate_retrieval(self.corpus, self.gallery, folder, is_main, n_texts,
-                                                         sheet=sheet, most=self.gallery_of)  # fmt: skip
+                                                         sheet=sheet, most=self.gallery_of,
+                                                         galleries=self.galleries)  # fmt: skip
         if self.task == "itm":
             for table, more in zip((splits, columns), scoring.evaluate_pairs(self.corpus, self.scores, is_main),
                                    strict=True):  # fmt: skip
