@@ -817,7 +817,7 @@ def test_new_weights():
 
 
 def run(*argv):
-    papers.run("soho", *papers.toy("soho", *argv))
+    papers.run("soho", *papers.toy("soho", "--word-steps", 0, *argv))
 
 
 def loop_config(folder, **changes):
@@ -902,12 +902,12 @@ def rows_for_pieces(B, k):
 
 def test_pieces_are_as_many_everywhere(monkeypatch):
     """Each process cuts its rows at pictures; one that has fewer of them cuts smaller pieces, or all cut fewer."""
-    (whole,) = soho.equal_pieces(rows_for_pieces(5, 2), 0)
+    (whole,) = data.equal_pieces(rows_for_pieces(5, 2), 0)
     assert torch.equal(whole["ids"], torch.arange(10))
     for B, k, pairs, others, n in ((6, 2, 4, [], 3), (5, 2, 4, [], 3), (5, 2, 4, [(6, 3)], 3), (5, 1, 1, [(6, 6)], 5),
                                    (6, 1, 2, [(2, 1)], 2), (3, 4, 1, [], 3), (4, 2, 4, [(6, 3)], 3)):  # fmt: skip
-        monkeypatch.setattr(common, "gather_lists", lambda own, others=others: own + others)
-        pieces = soho.equal_pieces(rows_for_pieces(B, k), pairs)
+        monkeypatch.setattr(data, "gather_lists", lambda own, others=others: own + others)
+        pieces = data.equal_pieces(rows_for_pieces(B, k), pairs)
         assert len(pieces) == n, (B, k, pairs, others)
         assert torch.equal(torch.cat([piece["pixels"] for piece in pieces]), torch.arange(B))
         assert torch.equal(torch.cat([piece["ids"] for piece in pieces]), torch.arange(B * k))
@@ -946,9 +946,9 @@ def one_of_two(rank, folder, port):
         before.append({name: x.clone() for name, x in model.named_buffers()})
 
     common.share_buffers = spy
-    pieces, cut = [], soho.equal_pieces
-    soho.equal_pieces = lambda rows, pairs: pieces.append((len(rows["pixels"]), len(got := cut(rows, pairs)))) or got
-    flags = "--preset tiny --batch 12 --captions-per-image 1 --micro-batch 2 --steps 2 --no-official --vd-revive 0.5"
+    pieces, cut = [], data.equal_pieces
+    data.equal_pieces = lambda rows, pairs: pieces.append((len(rows["pixels"]), len(got := cut(rows, pairs)))) or got
+    flags = "--preset tiny --batch 12 --captions-per-image 1 --micro-batch 2 --steps 2 --no-official --word-steps 0"
     run("--data", folder / "own.jsonl", "--out", folder / "run", *flags.split())
     told = {"buffers": before, "pieces": pieces}
     for rule, revive in (("official", 0.0), ("paper", 0.0), ("official", 0.5)):
@@ -1328,8 +1328,8 @@ def test_verbs_of_users(tuned, pretrained, capsys, tmp_path):
         ("--codes 0", "--codes 0: give 1 or more"),
         ("--negatives 0", "--negatives 0: give 1 or more"),
         ("--drops 0.5,1.5", "--drops 0.5,1.5: give shares of the run between 0 and 1"),
-        ("--batch 1", "--batch 1: too small for 2 captions a picture on 1 processes; mismatched texts come from other"),
-        ("--batch 3", "--batch 3: too small for 2 captions a picture"),
+        ("--batch 1 --captions-per-image 2", "--batch 1: too small for 2 captions a picture on 1 processes"),
+        ("--batch 3 --captions-per-image 2", "--batch 3: too small for 2 captions a picture"),
         ("--task retrieval --batch 1", "--batch 1: too small for 1 captions a picture"),
         ("--init nowhere", "nowhere is not a run directory"),
         ("--resnet nowhere/at/all", "Give a local directory"),
