@@ -1000,7 +1000,7 @@ def final_evaluation(cfg: Config, model: SOHO, checkpoint: Path, corpus, machine
              "freeze_cnn word_steps short_side long_side square_mask gallery galleries init").split()  # fmt: skip
     protocol = {
         **{name: getattr(cfg, name) for name in names}, "texts_per_picture": n_texts, "notes": corpus.notes,
-        "checkpoint": common.how_chosen(checkpoint), "best_by": exam.BEST_BY[asked.task],
+        "checkpoint": common.how_chosen(checkpoint), "best_by": asked.best_by,
     }  # fmt: skip
     if machine.is_main:
         seconds = time.perf_counter() - started

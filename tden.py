@@ -932,7 +932,7 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
         for step in range(start, cfg.steps):
             model.train(not is_scst)  # HERE[tden-10]: no dropout in scst, so that log p is the sampler's own
             seed = (cfg.seed * machine.processes + machine.rank) * 1_000_003 + step
-            torch.manual_seed(seed)  # of dropout, and of what the second pass draws
+            torch.manual_seed(seed + 2**31)  # of dropout and of what the second pass draws; luck has other numbers
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * common.schedule(cfg, step)
             logged, to_stop = {}, False
@@ -940,7 +940,7 @@ def train(cfg: Config, model: TDEN, corpus, machine, run, checkpoint: Path | Non
                 if turn < len(loaders):  # pre-training's second pass reads the batch of the first once more
                     with log.waiting():
                         batch = next(batches[turn])
-                    luck = torch.Generator().manual_seed(seed + 2**40)  # not the numbers that dropout draws
+                    luck = torch.Generator().manual_seed(seed)  # 32 bits of a seed count
                     rows = data.to_device(model, rows_of(batch, cfg.task, model.tokenizer, cfg, luck))
                     if is_scst:  # the loader's captions make way for the model's own
                         luck, decoder = torch.Generator(machine.device).manual_seed(seed), partial(Decoder, model, rows)

@@ -6,9 +6,9 @@
 
 Random weights, made on the fly, and random pixels and words. Medians of alternating runs:
 
-step     One update of `soho.train` on one batch of `soho.corrupt`, made beforehand: `--batch` pictures with a text of 16
-         tokens each; forward, losses, backward, gradient norm, SGD and AdamW. Once as the preset has it (stem and first
-         stage frozen), once with the whole ResNet frozen, as in the paper's first epochs.
+step     One update of `soho.train` on one batch of `soho.corrupt`, made beforehand: `--batch` pictures with a text of
+         16 tokens each; forward, losses, backward, gradient norm, SGD and AdamW. Once as the preset has it (stem and
+         first stage frozen), once with the whole ResNet frozen, as in the first epochs of the paper.
 forward  A picture and a text through SOHO, from normalised pixels to the logits of ITM, beside the same encoder on the
          features of 100 boxes from torchvision's Faster R-CNN (a feature pyramid on a ResNet of the same depth), made
          of the same picture: proposals, box heads, suppression, and features of the boxes kept. The ratio is ours: the

@@ -41,6 +41,11 @@ class Exam:
     gallery_of: int = 0
     galleries: int = 1
 
+    @property
+    def best_by(self) -> str:
+        """The metric on val that `best` is chosen by."""
+        return "nlvr1_accuracy" if self.corpus.name == "nlvr1" else BEST_BY[self.task]  # other metrics than NLVR2's
+
     def _loader(self, items, **more):
         self.model.eval()
         return data.eval_loader(self.samples(items, **more), 100, self.machine.workers, self.machine.rank,
@@ -99,7 +104,7 @@ class Exam:
 
         step_N is saved already: what fails here costs nothing, and --resume begins with it.
         """
-        items, name = list(self.corpus.splits.get("val", [])[: max(1, cfg.val_items)]), BEST_BY[self.task]
+        items, name = list(self.corpus.splits.get("val", [])[: max(1, cfg.val_items)]), self.best_by
         val = common.share_from_main(self.on_val(items) if items else {})
         is_best = val[name] >= best if val else True  # without a val split the last is the best
         best = max(best, val.get(name, best))
