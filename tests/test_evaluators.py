@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import socket
 from dataclasses import replace
@@ -437,3 +438,27 @@ def test_a_gallery_of_the_first_pictures(tmp_path):
     assert splits["test"]["metrics"]["gallery"] == 30 and asked[2][1] == 30
     splits, _ = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=1)
     assert "gallery" not in splits["test"]["metrics"] and asked[4][1] == 30
+
+
+def test_several_galleries_one_after_another(tmp_path):
+    """Means over them, and half of the 95 % interval: t(4) s / sqrt(5) for five."""
+    corpus, asked = load("caption", n=30), []
+
+    def gallery(items, texts):  # of the k-th gallery the first k texts find their picture
+        asked.append([item.image_id for item in items])
+        scores = np.zeros((len(items), len(texts)))
+        scores[np.arange(len(items)), np.arange(len(items))] = [1.0] * len(asked) + [-1.0] * (len(items) - len(asked))
+        return dict(zip(asked[-1], scores, strict=True))
+
+    corpus.splits = {"test": corpus.splits["test"]}
+    splits, _ = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=1, most=6, galleries=5)
+    ids = [item.image_id for item in corpus.splits["test"]]
+    assert asked == [ids[k : k + 6] for k in range(0, 30, 6)]
+    found = splits["test"]["metrics"]
+    shares = np.array([1, 2, 3, 4, 5]) / 6
+    assert found["R@1"] == pytest.approx(shares.mean()) and found["gallery"] == 6
+    assert found["R@1 +-"] == pytest.approx(2.776 * shares.std(ddof=1) / math.sqrt(5))
+    asked.clear()
+    splits, _ = scoring.evaluate_retrieval(corpus, gallery, tmp_path, n_captions=1, most=8, galleries=9)
+    assert len(asked) == 3, "the last six fill no gallery"
+    assert scoring.evaluate_retrieval(corpus, gallery, tmp_path, False, 1, most=6, galleries=2) == ({}, {})

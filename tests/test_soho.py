@@ -1391,3 +1391,49 @@ def test_init_from_an_official_file(tmp_path, monkeypatch):
     gate = soho.build(tiny("ve", init=str(tmp_path / "soho.pth"), tokenizer=str(tmp_path / "words"), vd_mode="gate"),
                       corpus)  # fmt: skip
     assert equal_state(model, gate, "dictionary.") and equal_state(model, gate, "mixer.")
+
+
+def test_words_of_a_picture():
+    """The first `word_steps`: which words are said of a picture, of all its captions, asked of the ResNet alone."""
+    cfg, batch = tiny(word_steps=1), loaded(B=3, k=2)
+    rows = soho.words_of(batch, TOK, cfg)
+    assert rows["words"].shape == (3, V)
+    for b in range(3):
+        said = set(batch["ids"][2 * b : 2 * b + 2].flatten().tolist()) - {TOK.bos, TOK.pad}
+        assert set(rows["words"][b].nonzero()[:, 0].tolist()) == said
+    model = network(word_steps=1).train()
+    before = copy.deepcopy(model.dictionary.state_dict())
+    out = model(rows)
+    x, y = out["words"].detach().double().numpy(), rows["words"].double().numpy()
+    by_hand = (np.log1p(np.exp(-x)) * y + np.log1p(np.exp(x)) * (1 - y)).sum() / 3
+    found = soho.losses(cfg, out, rows)
+    np.testing.assert_allclose(found["words"].item(), by_hand, rtol=1e-5)
+    found["words"].backward()
+    learns = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum()}
+    assert learns == {"cnn", "word_head"} and list(found) == ["words"]
+    assert all(torch.equal(x, before[name]) for name, x in model.dictionary.state_dict().items())
+
+
+def test_words_come_first(tmp_path):
+    """Two word steps of four, even where the ResNet is frozen afterwards; other tasks have none."""
+    flags = papers.toy("soho", "--log-every", 1, "--out", tmp_path / "run", "--word-steps", 2, "--freeze-cnn", 1)
+    soho.main(list(map(str, flags)))
+    log = [record for record in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+           if "lr" in record]  # fmt: skip
+    assert ["words" in record for record in log] == [True, True, False, False]
+    assert ["mlm" in record for record in log] == [False, False, True, True] == ["codes" in record for record in log]
+    soho.main(list(map(str, papers.toy("soho", "--task", "retrieval", "--batch", 10, "--word-steps", 2, "--steps", 2,
+                                       "--out", tmp_path / "other"))))  # fmt: skip
+    assert "words" not in (tmp_path / "other" / "log.jsonl").read_text()
+    assert read(tmp_path / "other" / "config.json")["word_steps"] == 0
+
+
+@pytest.mark.slow
+def test_the_main_job_matches_and_ranks(tmp_path):
+    """`python soho.py` as README gives it: it knows which texts match, ranks by what it sees, and uses its codes."""
+    soho.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
+    test = read(tmp_path / "run" / "metrics.json")["splits"]["test"]
+    found, shuffled = test["metrics"], test["controls"]["shuffled_images"]
+    assert found["itm_accuracy"] >= 0.85 and shuffled["itm_accuracy"] <= 0.6
+    assert found["gallery"] == 200 and found["true@1"] >= 0.40 and shuffled["true@1"] <= 0.2
+    assert found["codes_used"] > 0.5
