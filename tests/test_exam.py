@@ -335,3 +335,17 @@ def test_one_question_at_a_time(capsys):
         given, command = common.parse_flags(common.RunConfig, argv, "x.py", ask.COMMANDS)
         with pytest.raises(UserError, match="give one of them at a time"):
             ask.answer_commands(command, given, None, "tden", [], lambda cfg: None)
+
+
+def test_what_best_is_chosen_by():
+    """NLVR's first version has metrics of its own name."""
+    asked = exam.Exam("nlvr2", None, data.Corpus("nlvr1", {}), None, None)
+    assert (asked.best_by, exam.Exam("nlvr2", None, data.Corpus("nlvr2", {}), None, None).best_by) == (
+        "nlvr1_accuracy", "nlvr2_accuracy")  # fmt: skip
+
+
+def test_what_is_found_in_all_batches(monkeypatch):
+    machine = common.Machine(torch.device("cpu"), torch.float32, 0, 1, 0, "")
+    asked = exam.Exam("itm", None, data.Corpus("x", {}), machine, None)
+    monkeypatch.setattr(exam.Exam, "_loader", lambda self, items: iter(items))
+    assert asked.collect(lambda batch: {batch, batch + 1}, [3, 8, 3]) == {3, 4, 8, 9}

@@ -1414,10 +1414,13 @@ def test_words_of_a_picture():
     assert all(torch.equal(x, before[name]) for name, x in model.dictionary.state_dict().items())
 
 
-def test_words_come_first(tmp_path):
+def test_words_come_first(tmp_path, monkeypatch):
     """Two word steps of four, even where the ResNet is frozen afterwards; other tasks have none."""
+    frozen, forward = [], soho.ResNet.forward
+    monkeypatch.setattr(soho.ResNet, "forward", lambda cnn, x: frozen.append(cnn.is_frozen) or forward(cnn, x))
     flags = papers.toy("soho", "--log-every", 1, "--out", tmp_path / "run", "--word-steps", 2, "--freeze-cnn", 1)
-    soho.main(list(map(str, flags)))
+    soho.main([*map(str, flags), "--eval-every", "4"])
+    assert frozen[:4] == [False, False, True, True]
     log = [record for record in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
            if "lr" in record]  # fmt: skip
     assert ["words" in record for record in log] == [True, True, False, False]
