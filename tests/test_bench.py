@@ -156,3 +156,20 @@ def test_ctrl_c_ends_the_programs_and_waits_for_them(toy_plan, tmp_path, monkeyp
     with pytest.raises(common.Stopped, match="the same command goes on"):
         tables.main(["tden", "--out", str(tmp_path / "out"), "--jobs", "2"])
     assert heard == ["end", "end", "wait", "wait"]
+
+
+def test_the_step_of_soho_is_the_one_that_trains(tmp_path, monkeypatch):
+    """What bench/soho.py times gives the losses of soho.train's first step, and the ResNet is frozen where it says so."""
+    import soho
+
+    timed = load("soho")
+    cfg = timed.config("tiny", cnn_width=4, width=16, heads=2, mlp=32, vocab_size=50, codes=8)
+    model, luck = soho.SOHO(cfg), torch.Generator().manual_seed(0)
+    rows = soho.corrupt(timed.random_batch(cfg, 4, luck), timed.SPECIAL, cfg, luck)
+    assert rows["pixels"].shape == (4, 3, 64, 64) and rows["ids"].shape == (4, timed.TOKENS) and rows["keep_mask"].all()
+    twin = deepcopy(model).train()
+    expected = {name: loss.item() for name, loss in soho.losses(cfg, twin(rows), rows).items()}
+    found = timed.train_step(cfg, model, model, soho.Optimizers(cfg, model), rows, CPU)
+    assert {name: loss.item() for name, loss in found.items()} == pytest.approx(expected)
+    timed.train_step(timed.config("tiny", freeze_cnn=1.0), model, model, soho.Optimizers(cfg, model), rows, CPU)
+    assert model.cnn.is_frozen and not model.cnn.bn1.training
