@@ -500,7 +500,7 @@ def by_hand(cfg, model, batch, steps):
             group["lr"] = cfg.lr * common.linear_schedule(step, cfg.steps, cfg.warmup)
         model.train()
         seed = cfg.seed * 1_000_003 + step
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 2**31)
         rows = tden.corrupt(batch[step], model.tokenizer, cfg, torch.Generator().manual_seed(seed))
         total = 0.0
         for number in range(cfg.passes):
