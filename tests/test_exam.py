@@ -337,6 +337,11 @@ def test_one_question_at_a_time(capsys):
             ask.answer_commands(command, given, None, "tden", [], lambda cfg: None)
 
 
+def test_a_model_without_a_decoder_gives_no_captions():
+    with pytest.raises(UserError, match="no decoder"):
+        type("Model", (ask.Verbs,), {"lm_head": 1})().caption("a.jpg")
+
+
 def test_what_best_is_chosen_by():
     """NLVR's first version has metrics of its own name."""
     asked = exam.Exam("nlvr2", None, data.Corpus("nlvr1", {}), None, None)

@@ -48,6 +48,8 @@ class Verbs:
 
     def caption(self, picture, beam: int = 0) -> str:
         """A caption for one picture, see `regions.of_picture`. beam 0: the run's own."""
+        if not hasattr(self, "caption_batch"):
+            raise UserError("this model has no decoder and gives no captions, it scores and answers: --score, --ask")
         self._need("lm_head", "--task pretrain or caption", "captions")
         return self.caption_batch(self._look(picture), beam or self.cfg.beam)[0]
 
