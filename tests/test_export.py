@@ -494,7 +494,7 @@ def test_batches_of_pairs(both, layout):
         orders = [torch.from_numpy(pixels(pair[0], 2 * SIZE + 4)) for pair in (item.images, *item.others)]
         whole = [data.Examples(read.splits["train"], samples.tokenizer, 2 * SIZE + 4, train=train)
                  for train in (False, True)]  # fmt: skip
-        seen = [one["pixels"][0, :, :SIZE].permute(1, 2, 0) for one in (whole[1][n, index] for n in range(12))]
+        seen = [one["pixels"][0][:, :SIZE].permute(1, 2, 0) for one in (whole[1][n, index] for n in range(12))]
         assert {next(k for k, order in enumerate(orders) if torch.equal(order, one)) for one in seen} == {0, 1}
         assert torch.equal(whole[0][index]["pixels"][1, :, :SIZE].permute(1, 2, 0), orders[0])
     if layout == "nlvr2":
