@@ -95,7 +95,6 @@ PLANS = {
             Row("frozen ResNet", "--freeze-cnn 1"),  # but for what it learned in word_steps
             Row("code alone", "--vd-mode replace"),
             Row("update of the paper", "--vd-update paper"),
-            Row("no word steps", "--word-steps 0"),
             Row("full world", "--world full"),
         )),
         Table("vqa", 300, "vqa_accuracy vqa_accuracy_yes/no vqa_accuracy_color", SOHO_STARTS),
