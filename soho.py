@@ -443,13 +443,13 @@ class SOHO(nn.Module, ask.Verbs):
     def pretrain(self, batch: dict, seen: dict) -> dict:
         """A batch of `corrupt` -> mlm logits [words to predict, V], mvm cosines [hidden cells, K] and mvm_codes [hidden
         cells], itm logits [R, 2]."""
-        T, keep, k = batch["ids"].size(1), seen["keep_mask"], len(batch["ids"]) // len(seen["v"])
-        is_masked = None
+        T, k = batch["ids"].size(1), len(batch["ids"]) // len(seen["v"])
+        is_masked, cells = None, seen["keep_mask"].flatten(1).repeat_interleave(k, 0)  # [R, N]
         if "codes" in seen:
             codes = seen["codes"].flatten(1).repeat_interleave(k, 0)  # [R, N]
-            is_masked = same_code(codes, keep.flatten(1).repeat_interleave(k, 0), batch["anchors"], batch["has_mvm"])
-        visual = self.place(seen["tokens"], keep, is_masked, k)
-        x = self.encode(self.text(batch["ids"]), batch["keep_mask"], visual, keep.flatten(1).repeat_interleave(k, 0))
+            is_masked = same_code(codes, cells, batch["anchors"], batch["has_mvm"])
+        visual = self.place(seen["tokens"], seen["keep_mask"], is_masked, k)
+        x = self.encode(self.text(batch["ids"]), batch["keep_mask"], visual, cells)
         # OFFICIAL: logits = h W_e^T, the word embeddings, without a layer before or a bias after
         out = {"mlm": x[:, :T][batch["mlm_labels"] != NOTHING] @ self.text.word.weight.T.to(x.dtype),
                "itm": self.itm_head(x[:, 0])}  # fmt: skip
