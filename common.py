@@ -736,6 +736,12 @@ def write_metrics(folder: Path, model_name, cfg, machine: Machine, model, second
     })  # fmt: skip
 
 
+def own_settings(cfg) -> dict:
+    """A paper's own settings, which RunConfig has not: for the protocol."""
+    ours = {field.name for field in dataclasses.fields(RunConfig)}
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ours or name == "init"}
+
+
 def how_chosen(checkpoint: Path) -> str:
     """What a checkpoint is, for the protocol of its evaluation."""
     links = [link for link in ("best", "last") if (checkpoint.parent / link).resolve() == checkpoint.resolve()]

@@ -209,28 +209,61 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image, too
 
 
-AUGMENTATIONS = ("none", "crop", "crop+flip")
+AUGMENTATIONS = ("none", "crop", "crop+flip", "rand")
+FRAMES = ("pad", "centre")
 
 
-def to_pixels(image: Image.Image, size: int, augment: str = "none", rng: random.Random | None = None) -> torch.Tensor:
-    """PIL RGB image -> uint8 [3, size, size].
+def to_pixels(image: Image.Image, size: int, augment: str = "none", rng: random.Random | None = None,
+              frame: str = "pad") -> torch.Tensor:
+    """PIL RGB image -> uint8 [3, size, size], resized by bicubic interpolation with antialiasing.
 
-    "none": longer side to `size` (bicubic, antialiased), bottom or right padded with raw 0. "crop": a random box with
-    0.5 to 1 of the area and an aspect of 3/4 to 4/3, resized to the square. "crop+flip": mirrored besides, half of
-    the time. Every choice is drawn from `rng`.
+    frame "pad": longer side to `size`, bottom or right padded with raw 0. "centre": shorter side to `size`, then the
+    square in the middle. augment "crop": instead of either, a random box with 0.5 to 1 of the area and an aspect of
+    3/4 to 4/3, stretched to the square. "crop+flip": mirrored besides, half of the time. "rand": RandAugment before the
+    resize; it shears and turns, but never mirrors. Every choice is drawn from `rng`. UserError for unknown names.
     """
-    if augment not in AUGMENTATIONS:
-        raise UserError(f"augment = {augment!r} is not known; choose one of {', '.join(AUGMENTATIONS)}")
-    box = _random_box(image.size, rng) if augment != "none" else None
+    for name, value, known in (("augment", augment, AUGMENTATIONS), ("frame", frame, FRAMES)):
+        if value not in known:
+            raise UserError(f"{name} = {value!r} is not known; choose one of {', '.join(known)}")
+    if augment == "rand":
+        image = _rand_augment(image, rng)
+    box = _random_box(image.size, rng) if augment.startswith("crop") else None
     width = height = size
-    if not box:
-        width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if frame == "centre" and not box:
+        image = _centre_square(image, size)
+    else:
+        if not box:
+            width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     if augment == "crop+flip" and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     canvas = np.zeros((3, size, size), dtype=np.uint8)
     canvas[:, :height, :width] = np.asarray(image).transpose(2, 0, 1)
     return torch.from_numpy(canvas)
+
+
+def _centre_square(image: Image.Image, size: int) -> Image.Image:
+    """torchvision's Resize(size, BICUBIC) and CenterCrop(size), pixel for pixel; where one side is more than 64 times
+    the other, within a grey level, or a few in noise, whose overshoot Pillow clips between its passes."""
+    (W, H), short = image.size, min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = int(round((width - size) / 2)), int(round((height - size) / 2))
+    if max(width, height) <= 64 * size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + size, top + size))
+    # Whole, a picture of 1 x 5000 would become gigabytes; so each pass computes only what the square shows.
+    image = image.resize((size, H), Image.Resampling.BICUBIC, box=(left * W / width, 0, (left + size) * W / width, H))
+    rows = top * H / height, (top + size) * H / height
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(0, rows[0], size, rows[1]))
+
+
+def _rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Two of torchvision's 14 operations at magnitude 9 of 0 to 30; what comes into view at the edges is black."""
+    from torchvision.transforms import RandAugment
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(rng.getrandbits(63))  # torch.manual_seed would seed the GPU's as well
+        return RandAugment(num_ops=2, magnitude=9)(image)
 
 
 def within(image: Image.Image, short: int, long: int) -> torch.Tensor:
@@ -342,19 +375,19 @@ class Samples(Dataset):
 
     Training, key (epoch, index): augmented; the same (seed, epoch, index) gives the same sample in every process.
     Evaluation, key index: as it is. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders
-    judge. Pictures are uint8 [3, S, S]; where `regions` is given (a source of them, see regions.py) they are Regions;
-    where `sides` is given they keep their shape, see `within`: (short, long), or (least, most, long) where each
-    training sample draws its short side; then `size` is that of drawn scenes.
+    judge. Pictures are uint8 [3, S, S], framed as `frame` says; where `regions` is given (a source of them, see
+    regions.py) they are Regions; where `sides` is given they keep their shape, see `within`: (short, long), or (least,
+    most, long) where each training sample draws its short side; then `size` is that of drawn scenes.
     mirror: the probability that a training sample of Examples or Choices sees the regions of the mirrored picture,
     where the source has them; then left and right change places in its texts.
     """
 
     def __init__(self, items: Sequence, tokenizer: Tokenizer | None, size: int, max_len: int | None = None,
                  train: bool = False, augment: str = "none", seed: int = 0, regions=None, mirror: float = 0.0,
-                 sides: tuple[int, ...] = ()):
+                 sides: tuple[int, ...] = (), frame: str = "pad"):
         self.items, self.tokenizer, self.size, self.train, self.seed = items, tokenizer, size, train, seed
         self.max_len, self.augment, self.regions, self.mirror = max_len, augment, regions, mirror
-        self.sides = sides
+        self.sides, self.frame = sides, frame
 
     def __len__(self) -> int:
         return len(self.items)
@@ -382,7 +415,7 @@ class Samples(Dataset):
         augment = self.augment if self.train else "none"
         if augment == "crop+flip" and any(SIDES.search(text) for text in said):
             augment = "crop"  # HERE[data-11]: mirrored, "left of" would be false
-        return {"pixels": to_pixels(load_image(image, self.size), self.size, augment, rng)}
+        return {"pixels": to_pixels(load_image(image, self.size), self.size, augment, rng, self.frame)}
 
     def __getitems__(self, keys: list) -> list[dict]:
         """One process' share of a batch. Where no picture of it can be read, one of the next in the file steps in.
@@ -637,17 +670,44 @@ def whole_captions(batch: dict, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.nn.functional.pad(is_real, (1, 0), value=True)
 
 
-def mask_words(ids, may_mask, mask: int, vocab_size: int, share: float, luck: torch.Generator):
+def mask_words(ids, may_mask, mask: int, vocab_size: int, share: float, luck: torch.Generator, at_least_one=False):
     """BERT's corruption (arXiv 1810.04805). -> corrupted ids, labels: the true ids where selected, -100 elsewhere.
 
     may_mask bool like ids [R, T]: no special tokens, no padding. Of `share` of these words 80 % become `mask`, 10 % any
-    token of the vocabulary, 10 % stay.
+    token of the vocabulary, 10 % stay. at_least_one: where a text would have none, one of them is selected.
     """
-    is_selected = (torch.rand(ids.shape, generator=luck) < share) & may_mask
+    order = torch.rand(ids.shape, generator=luck)
+    is_selected = (order < share) & may_mask
+    if at_least_one:
+        is_selected |= first_of(order, may_mask, 1)
     lot = torch.rand(ids.shape, generator=luck)
     others = torch.randint(vocab_size, ids.shape, generator=luck)
     shown = torch.where(lot < 0.8, mask, torch.where(lot < 0.9, others, ids))
     return torch.where(is_selected, shown, ids), ids.masked_fill(~is_selected, -100)
+
+
+def first_of(order, may_be, n):
+    """bool [R, T]: in each row the n places (a number, or int64 [R]) of lowest `order`, of [0, 1), among may_be [R, T];
+    all of them where there are fewer."""
+    rank = order.masked_fill(~may_be, 2.0).argsort(1).argsort(1)
+    return may_be & (rank < (n[:, None] if isinstance(n, torch.Tensor) else n))
+
+
+def exchange(share: float, luck: torch.Generator, *rows):
+    """Tensors [R, ...] where a random `share` of the rows have changed places among one another: noise in captions."""
+    if not share:
+        return rows
+    places = (torch.rand(len(rows[0]), generator=luck) < share).nonzero()[:, 0]
+    taken = torch.arange(len(rows[0])).index_put_((places,), places[torch.randperm(len(places), generator=luck)])
+    return tuple(x[taken] for x in rows)
+
+
+def words_said(batch: dict, tok: Tokenizer, vocab_size: int) -> torch.Tensor:
+    """Of a batch of captions: float32 [B, V], 1 where a token is in one of the picture's captions; no special ones."""
+    B = len(batch["pixels"])
+    words = torch.zeros(B, vocab_size).scatter_(1, batch["ids"].view(B, -1), 1.0)
+    words[:, [tok.bos, tok.eos, tok.pad]] = 0.0
+    return words
 
 
 def to_device(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

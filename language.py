@@ -1,6 +1,6 @@
 """What models read and write: captions as they are cleaned, answers as VQA compares them, tokenizers. Knows no model.
 
-Reading map: texts | tokenizers.
+Reading map: texts | tokenizers | words.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def swap_sides(text: str) -> str:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the three ids that batches need, and BERT's [MASK], where there is one.
+    """A `tokenizers.Tokenizer` with the three ids that batches need, and BERT's [MASK] or RoBERTa's <mask>.
 
     GPT-2 has one special token for all three, and nothing to hide words behind: mask is None.
     """
@@ -118,11 +118,11 @@ class Tokenizer:
 
     @staticmethod
     def from_pretrained(name_or_dir: str | Path) -> Tokenizer:
-        """Of a hub id, or of a directory: one of ours, one that transformers reads, or GPT-2's vocab.json + merges.txt
-        or BERT's vocab.txt (lower-case) alone.
+        """Of a hub id, or of a directory: one of ours, one that transformers reads, or GPT-2's or RoBERTa's
+        vocab.json + merges.txt or BERT's vocab.txt (lower-case) alone.
 
-        bos, eos, pad, mask are the model's own; BERT's [CLS], [SEP], [PAD], [MASK]. In place of one of the first three
-        that is lacking stands eos.
+        bos, eos, pad, mask are the model's own; BERT's [CLS], [SEP], [PAD], [MASK]; RoBERTa's <s>, </s>, <pad>, <mask>.
+        In place of one of the first three that is lacking stands eos.
         """
         folder = Path(name_or_dir)
         if (folder / "tokenizer_meta.json").is_file():
@@ -133,9 +133,11 @@ class Tokenizer:
 
             vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
             backend = _byte_level(models.BPE.from_file(vocab, merges))
-            if backend.token_to_id(END) is None:
-                raise UserError(f"{vocab} has no {END}, so it is not GPT-2's; put the model's config.json beside it")
-            return _like_gpt2(backend)
+            for special in (ROBERTA_TOKENS, (END,)):  # RoBERTa's has GPT-2's token, too, as a piece that is never used
+                if all(backend.token_to_id(token) is not None for token in special):
+                    return _with_special(backend, special)
+            raise UserError(f"{vocab} has neither {END} nor {', '.join(ROBERTA_TOKENS)}, so it is not GPT-2's and not "
+                            "RoBERTa's; put the model's config.json beside it")  # fmt: skip
         if "vocab.txt" in present and not present & {"tokenizer.json", "config.json", "tokenizer_config.json"}:
             return _like_bert(_read_vocabulary(folder / "vocab.txt"))
         from transformers import AutoTokenizer
@@ -153,7 +155,7 @@ class Tokenizer:
         eos = _first(found.eos_token_id, found.sep_token_id)
         bos, pad = _first(found.bos_token_id, found.cls_token_id, eos), _first(found.pad_token_id, eos)
         known = found.get_vocab()
-        for names in ((END, END, END), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]")):
+        for names in (("<s>", "</s>", "<pad>"), (END, END, END), ("[CLS]", "[SEP]", "[PAD]")):
             if eos is None and known.keys() >= set(names):  # tokenizer.json alone does not say what they are for
                 bos, eos, pad = (known[name] for name in names)
         mask = _first(found.mask_token_id, known.get("[MASK]"), known.get("<mask>"))
@@ -166,34 +168,24 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
-        """bpe: byte-level like GPT-2's; every text can be written, so there is no unknown token. wordpiece: like
-        BERT's, lower-case, without accents, punctuation apart; a word with a character that was in no text is [UNK].
+        """bpe: byte-level like GPT-2's; every text can be written, so nothing is unknown. roberta: the same with
+        RoBERTa's special tokens, <s> 0, <pad> 1, </s> 2, <unk> 3, which no text needs, and <mask> 4 (RoBERTa's own is
+        its last). wordpiece: like BERT's, lower-case, without accents, punctuation apart; a word with a character that
+        was in no text is [UNK].
 
         The same texts give the same tokenizer. `vocab_size` is an upper bound; the least are 257, bytes and end token,
-        or the characters and five special tokens. Texts are taken as they are: clean them first if cleaned captions are
-        what will be encoded.
+        261, bytes and RoBERTa's five, or the characters and BERT's five; UserError below. Texts are taken as they are:
+        clean them first if cleaned captions are what will be encoded.
         """
         if kind == "wordpiece":
             return _train_wordpiece(list(texts), vocab_size)
-        if kind != "bpe":
-            raise UserError(f"tokenizer kind {kind!r} is not known; it is 'bpe' or 'wordpiece'")
-        if vocab_size < 257:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and the end token need 257")
-        from tokenizers import models, pre_tokenizers, trainers
-
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            min_frequency=2,  # a pair seen once teaches nothing about the next caption
-            show_progress=False,
-        )
-        backend = _byte_level(models.BPE())
-        backend.train_from_iterator(texts, trainer)
-        return _like_gpt2(backend)
+        if kind not in ("bpe", "roberta"):
+            raise UserError(f"tokenizer kind {kind!r} is not known; it is 'bpe', 'roberta' or 'wordpiece'")
+        return _train_byte_level(texts, vocab_size, ROBERTA_TOKENS if kind == "roberta" else (END,))
 
 
 END = "<|endoftext|>"  # GPT-2's only special token: bos, eos and pad
+ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # bos, pad, eos, unknown, mask
 
 
 def _tokenizer_from_text(text: str, bos: int, eos: int, pad: int, mask: int | None = None) -> Tokenizer:
@@ -212,10 +204,32 @@ def _byte_level(model):
     return backend
 
 
-def _like_gpt2(backend) -> Tokenizer:
-    backend.add_special_tokens([END])  # keeps its id where the vocabulary has it
-    end = backend.token_to_id(END)
-    return Tokenizer(backend, bos=end, eos=end, pad=end)
+def _with_special(backend, special: tuple[str, ...]) -> Tokenizer:
+    """GPT-2's or RoBERTa's, which differ in their special tokens alone: (END,) or ROBERTA_TOKENS."""
+    backend.add_special_tokens(list(special))  # each keeps its id
+    if special == (END,):
+        end = backend.token_to_id(END)
+        return Tokenizer(backend, bos=end, eos=end, pad=end)
+    bos, pad, eos, _, mask = map(backend.token_to_id, special)
+    return Tokenizer(backend, bos, eos, pad, mask)
+
+
+def _train_byte_level(texts: Iterable[str], vocab_size: int, special: tuple[str, ...]) -> Tokenizer:
+    from tokenizers import models, pre_tokenizers, trainers
+
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {', '.join(special)} need {least}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,  # a pair seen once teaches nothing about the next caption
+        show_progress=False,
+    )
+    backend = _byte_level(models.BPE())
+    backend.train_from_iterator(texts, trainer)
+    return _with_special(backend, special)
 
 
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -286,3 +300,53 @@ def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def _first(*ids: int | None) -> int | None:
     return next((i for i in ids if i is not None), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words: which tokens of a byte-level BPE are whole words, and which of them mean little
+
+SPACE = "Ġ"  # how byte-level BPE writes the blank before a word
+# Words that can change without making the caption false. Prepositions of place are not among them: "under" for "on" does
+# make it false.
+STOP_WORDS = frozenset("""a an the this that these those some any there here it its he she they them his her their him we
+our us you your i my me is are was were be been being am has have had do does did will would can could may might shall
+should must and or but nor so yet if then than as of to for from by with at into onto while when where which who whom
+whose what how not also just very too each other another one's it's 's""".split())
+
+
+def word_tables(tok: Tokenizer, vocab_size: int) -> dict:
+    """What is known of each token of a byte-level BPE, [V] each:
+
+    first, later: bool, a whole word where the text begins, and further on; starts: bool, no piece of the word before
+    it; stop: bool, a stop word; stem: int64, equal for words that differ in case or in a plural, -ing or -ed alone.
+    """
+    known = {i: token for token, i in tok.backend.get_vocab().items() if i < vocab_size}
+    later = {i: token[1:] for i, token in known.items() if is_word(token[1:]) and token[0] == SPACE}
+    whole = set(later.values())
+    first = {i: token for i, token in known.items() if is_word(token) and token in whole}
+    if not later:
+        raise UserError("no token of this tokenizer begins a word as those of byte-level BPE do: take RoBERTa's or "
+                        "GPT-2's kind")  # fmt: skip
+    starts = [i for i, token in known.items() if token[0] == SPACE] + [tok.eos, tok.pad]
+    import torch  # nothing else here needs it
+
+    words, stems = {**later, **first}, {}
+    tables = {name: torch.zeros(vocab_size, dtype=torch.bool) for name in ("first", "later", "starts", "stop")}
+    for name, which in (("first", first), ("later", later), ("starts", starts)):
+        tables[name][list(which)] = True
+    tables["stop"][[i for i, word in words.items() if word.lower() in STOP_WORDS]] = True
+    numbers = [-1 - i if i not in words else stems.setdefault(stem(words[i]), len(stems)) for i in range(vocab_size)]
+    return tables | {"stem": torch.tensor(numbers)}
+
+
+def is_word(text: str) -> bool:
+    return text.isascii() and text.isalpha()
+
+
+def stem(word: str) -> str:
+    """"box" for "boxes", "Box" and "boxing", "run" for "running": not for reading, for comparing."""
+    word = word.lower()
+    ending = next((e for e in ("ing", "ed", "es", "s") if word.endswith(e) and len(word) - len(e) >= 3), "")
+    word = word if word.endswith("ss") else word.removesuffix(ending)
+    word = word.removesuffix("e") if len(word) > 3 else word
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word

@@ -484,9 +484,7 @@ class SOHO(nn.Module, ask.Verbs):
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> tuple:
         """Texts as written -> embedded words [M, T, D] and their keep mask [M, T], made once."""
-        tok = self.tokenizer
-        rows = [[tok.encode(language.clean_caption(text), self.cfg.max_len)] for text in texts]
-        batch = data.to_device(self, data.pad_texts(rows, tok.bos, tok.eos, tok.pad))
+        batch = self.tokens(texts)
         return self.text(batch["ids"]), batch["keep_mask"]
 
     @torch.no_grad()
@@ -680,10 +678,7 @@ def words_of(batch: dict, tok: language.Tokenizer, cfg: Config) -> dict:
     nothing learns colours from MLM and ITM within minutes, but no shapes; words as labels are a quick substitute
     (Joulin et al. 2016, arXiv 1511.02251).
     """
-    B = len(batch["pixels"])
-    words = torch.zeros(B, cfg.vocab_size).scatter_(1, batch["ids"].view(B, -1), 1.0)
-    words[:, [tok.bos, tok.pad]] = 0.0
-    return {"pixels": batch["pixels"], "sizes": batch["sizes"], "words": words}
+    return {"pixels": batch["pixels"], "sizes": batch["sizes"], "words": data.words_said(batch, tok, cfg.vocab_size)}
 
 
 def losses(cfg: Config, out: dict, rows: dict) -> dict:
@@ -1070,30 +1065,14 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg)
     machine = common.start_machine(cfg)
     corpus = load_data(cfg)
-    if "train" not in corpus.splits:
-        raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
-    k, pictures = cfg.captions_per_image, cfg.batch // cfg.captions_per_image
-    least = 2 if cfg.task in ("pretrain", "retrieval") else 1
-    if pictures < machine.processes * least:
-        raise UserError(f"--batch {cfg.batch}: too small for {k} captions a picture on {machine.processes} processes; "
-                        "mismatched texts come from other pictures, so each process needs two")  # fmt: skip
+    pictures = finish.pictures_of(cfg, corpus, machine, 2 if cfg.task in ("pretrain", "retrieval") else 1)
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("soho", cfg, machine)
-    if model.answers and machine.is_main:
-        common.write_json(run.path / "answers.json", list(model.answers))
-    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {k} captions" * (k > 1)
-    common.announce(f"SOHO ({cfg.task}): {shape}", model, cfg, machine, corpus, run)
-    try:
-        train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)
-        best = (run.path / "best").resolve()  # chosen on val
-        common.load_model_weights(model, best)
-        columns = final_evaluation(cfg, model, best, corpus, machine, run.path, started)
-    except (KeyboardInterrupt, UserError) as error:
-        raise common.stopped(run, machine, why=error) from None
-    if machine.is_main:
-        finish.tell(columns, run, "itm" if cfg.task == "pretrain" else cfg.task, started, "soho.py")
+    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {cfg.captions_per_image} captions" * (
+        cfg.captions_per_image > 1)
+    finish.carry_out("soho", f"SOHO ({cfg.task}): {shape}", cfg, checkpoint, model, corpus, machine, started, train,
+                     final_evaluation, "itm" if cfg.task == "pretrain" else cfg.task)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # tokens, D width, H heads, V vocabulary.
 
 
+# TWIN: vcgpt.py, vilta.py
 def quick_gelu(x):
     return x * (1.702 * x).sigmoid_()  # in place: no third tensor of this size
 
@@ -259,6 +260,7 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1))
 
 
+# TWIN: vcgpt.py, vilta.py
 def sine_table(grid: int, width: int):
     """[grid^2, width]: sines and cosines of row and column, a quarter of the width each. HERE[vcgpt-5]: where positions
     start from nothing, neighbours should look alike from the first step."""
@@ -267,16 +269,6 @@ def sine_table(grid: int, width: int):
     half = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
     rows, columns = half[:, None].expand(grid, grid, -1), half[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], dim=2).reshape(grid * grid, -1)
-
-
-def resize_positions(positions, grid: int):
-    """Learned table [1 + g^2, D] -> [1 + grid^2, D], bicubically, for pictures of another size; [CLS] keeps its row."""
-    side = math.isqrt(len(positions) - 1)
-    if side == grid:
-        return positions
-    table = positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2).float()
-    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], table.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions)])
 
 
 class CLIPVision(nn.Module):
@@ -306,7 +298,7 @@ class CLIPVision(nn.Module):
         x = self.patches(pixels)  # [B, D, grid, grid]
         B, D, grid, _ = x.size()  # pictures, width, patches per side
         x = torch.cat([self.class_embedding.expand(B, 1, D), x.flatten(2).transpose(1, 2)], dim=1)  # [B, 1+grid^2, D]
-        x = self.pre_norm(x + resize_positions(self.positions, grid))
+        x = self.pre_norm(x + weights.resize_positions(self.positions, grid))
         for block in self.blocks:
             x = block(x)
         return self.post_norm(x) if self.apply_post_norm else x
@@ -539,7 +531,7 @@ def load_clip(tower: CLIPVision, state: dict) -> None:
     state = {name.removeprefix("vision_model."): value for name, value in state.items()}
     if (table := state.get("embeddings.position_embedding.weight")) is not None:
         grid = math.isqrt(len(tower.positions) - 1)
-        state["embeddings.position_embedding.weight"] = resize_positions(table, grid)
+        state["embeddings.position_embedding.weight"] = weights.resize_positions(table, grid)
     not_used = ("text_model.", "visual_projection.", "text_projection.", "logit_scale", "embeddings.position_ids")
     names = {
         "class_embedding": "embeddings.class_embedding",

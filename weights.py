@@ -1,12 +1,14 @@
 """Weights that other people trained: reading their files, and filling a network of ours from them, every key accounted
 for. Nothing here knows a model; each brings a table of names.
 
-Reading map: reading | names | filling.
+Reading map: reading | names | sizes | filling | spellings.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -104,6 +106,30 @@ def tensor_names(model, modules: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def sizes_of(state: dict, shapes: dict, depths: dict) -> dict:
+    """Config fields from a state dict, as far as it has what tells them. shapes: {field: (key, dimension)}; depths:
+    {field: what comes before the numbers of layers}."""
+    sizes = {name: state[key].size(dim) for name, (key, dim) in shapes.items() if key in state}
+    for name, prefix in depths.items():
+        if layers := {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}:
+            sizes[name] = len(layers)
+    return sizes
+
+
+def resize_positions(positions, grid: int):
+    """Learned table [1 + g^2, D] -> [1 + grid^2, D], bicubically, for pictures of another size; [CLS] keeps its row."""
+    side = math.isqrt(len(positions) - 1)
+    if side == grid:
+        return positions
+    table = positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2).float()
+    table = torch.nn.functional.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], table.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Filling
 
 
@@ -150,3 +176,42 @@ def load_parts(model, state: dict, names: dict, not_used: tuple[str, ...], what:
     left = {key.split(".")[0] for key in state} - {key.split(".")[0] for ours in kept for key in lists[ours]}
     told = (("has", sorted(there)), ("new here", fresh), ("not used", sorted(left)))
     return f"{what}: " + "; ".join(f"{title} {', '.join(parts)}" for title, parts in told if parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spellings: the same weights under the names that different programs gave them
+
+CLIP_NAMES = (("embeddings.class_embedding", "class_embedding"), ("embeddings.patch_embedding.", "conv1."),
+              ("embeddings.position_embedding.weight", "positional_embedding"), ("pre_layrnorm", "ln_pre"),
+              ("post_layernorm", "ln_post"), ("encoder.layers.", "transformer.resblocks."), (".layer_norm", ".ln_"),
+              (".self_attn.", ".attn."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))  # fmt: skip
+
+
+def parted(state: dict) -> dict:
+    """Attention's in_proj_weight and in_proj_bias as q_proj, k_proj and v_proj."""
+    found = {}
+    for key, x in state.items():
+        if part := re.search(r"in_proj_(weight|bias)$", key):
+            found |= {f"{key[: part.start()]}{q}_proj.{part[1]}": y for q, y in zip("qkv", x.chunk(3), strict=True)}
+        else:
+            found[key] = x
+    return found
+
+
+def clip_vision(state: dict) -> dict:
+    """CLIP's vision tower under OpenAI's names (class_embedding, conv1.weight, transformer.resblocks.0.ln_1.weight ...),
+    attention parted, from a full model or the tower alone: OpenAI's (`visual.`), or transformers', with or without
+    `vision_model.`. UserError where there is none."""
+    prefix = next((x for x in ("visual.", "vision_model.") if any(key.startswith(x) for key in state)), "")
+    state = parted({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
+    for theirs, openais in CLIP_NAMES:
+        state = {key.replace(theirs, openais): x for key, x in state.items()}
+    if "class_embedding" not in state:
+        raise UserError(f"no vision tower of CLIP's; its first keys are {', '.join(list(state)[:3])}")
+    return {key: x for key, x in state.items() if key not in ("proj", "embeddings.position_ids")}
+
+
+def roberta(state: dict) -> dict:
+    """RoBERTa under transformers' names without `roberta.`, its word head `lm_head.` without tied copies."""
+    state = {key.removeprefix("roberta."): x for key, x in state.items() if not key.startswith("lm_head.decoder.")}
+    return {key: x for key, x in state.items() if key != "embeddings.position_ids" and not key.startswith("pooler.")}

@@ -161,9 +161,12 @@ def test_shrinking_is_antialiased_and_pixels_keep_their_place():
 
 @pytest.mark.parametrize("shape", [(1, 500), (500, 1), (1, 1)])
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
-def test_pictures_one_pixel_wide(shape, augment):
-    pixels = to_pixels(Image.new("RGB", shape, "white"), 32, augment, random.Random(0))
-    assert pixels.shape == (3, 32, 32) and pixels.max() == 255
+@pytest.mark.parametrize("frame", data.FRAMES)
+def test_pictures_one_pixel_wide(shape, augment, frame):
+    seen = [to_pixels(Image.new("RGB", shape, "white"), 32, augment, random.Random(seed), frame) for seed in range(20)]
+    assert {pixels.shape for pixels in seen} == {(3, 32, 32)}
+    bright = [pixels.max() == 255 for pixels in seen]  # "rand" may solarize, darken, or push all out of the picture
+    assert any(bright) if augment == "rand" else all(bright)
 
 
 def test_crops_keep_area_and_aspect_in_bounds():
@@ -254,11 +257,61 @@ def test_trained_vocabulary_is_like_gpt2s(tokenizer):
     assert Tokenizer.train(WORDS * 50, 10_000).vocab_size < 10_000
     with pytest.raises(UserError, match="257"):
         Tokenizer.train(WORDS, 200)
-    with pytest.raises(UserError, match="bpe"):
+    with pytest.raises(UserError, match="'bpe', 'roberta' or 'wordpiece'"):
         Tokenizer.train(WORDS, 300, kind="words")
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_trained_vocabulary_is_like_robertas(tokenizer, tmp_path):
+    roberta = Tokenizer.train([*WORDS * 3, *["<mask> </s>"] * 9], 400, "roberta")
+    assert [roberta.backend.id_to_token(i) for i in range(5)] == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert (roberta.bos, roberta.pad, roberta.eos, roberta.mask) == (0, 1, 2, 4)
+    for text in (*HARD_TEXTS, "a <mask> dog</s>", "<s><pad><unk>"):  # however often captions say it, it stays text
+        ids = roberta.encode(text)
+        assert min(ids) > 4 and roberta.decode(ids) == text
+    pieces, gpt2 = ([t.backend.id_to_token(i) for i in t.encode("two black cats")] for t in (
+        Tokenizer.train(WORDS * 3, 404, "roberta"), tokenizer))  # fmt: skip
+    assert pieces == gpt2 and len(pieces) < len("two black cats")  # its five special tokens are all that differs
+    assert roberta.decode([0, *roberta.encode("a dog"), 4, 2, *roberta.encode("a cat")]) == "a dog"
+    least = Tokenizer.train(WORDS * 3, 261, "roberta")
+    assert least.vocab_size == 261 and least.decode(least.encode("汉字")) == "汉字"
+    with pytest.raises(UserError, match="260 is too small.*<s>, <pad>, </s>, <unk>, <mask> need 261"):
+        Tokenizer.train(WORDS, 260, "roberta")
+    roberta.save(tmp_path)
+    for copy in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(roberta))):
+        assert (copy.bos, copy.pad, copy.eos, copy.mask) == (0, 1, 2, 4)
+        assert copy.encode("a <mask> dog") == roberta.encode("a <mask> dog")
+
+
+def test_roberta_folders(tmp_path):
+    """transformers' own, its tokenizer.json alone, the two files alone and beside config.json. The special tokens lie
+    where RoBERTa has them, and as in RoBERTa's, GPT-2's <|endoftext|> is one more piece."""
+    from transformers import RobertaTokenizerFast
+
+    trained = Tokenizer.train(WORDS * 3, 400, "roberta")
+    model = json.loads(trained.backend.to_str())["model"]
+    vocab = {token: i - (i > 4) for token, i in model["vocab"].items() if token != "<mask>"}
+    vocab |= {"<|endoftext|>": len(vocab), "<mask>": len(vocab) + 1}
+    theirs = RobertaTokenizerFast(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]])
+    theirs.save_pretrained(tmp_path / "whole")
+    for name in ("json", "bare", "configured"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "json" / "tokenizer.json").write_bytes((tmp_path / "whole" / "tokenizer.json").read_bytes())
+    for name in ("bare", "configured"):
+        (tmp_path / name / "vocab.json").write_text(json.dumps(vocab))
+        merges = "\n".join(" ".join(pair) for pair in model["merges"])
+        (tmp_path / name / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "configured" / "config.json").write_text('{"model_type": "roberta"}')
+    for name in ("whole", "json", "bare", "configured"):
+        found = Tokenizer.from_pretrained(tmp_path / name)
+        assert (found.bos, found.pad, found.eos, found.mask) == (0, 1, 2, len(vocab) - 1), name
+        assert found.vocab_size == len(vocab), name
+        for text in (*WORDS, "a 🐕‍🦺 runs", "naïve  café"):
+            assert found.encode(text) == theirs.encode(text, add_special_tokens=False), (name, text)
+        assert found.decode(found.encode("a <mask> dog</s> <|endoftext|>")) == "a <mask> dog</s> <|endoftext|>", name
+        assert max(found.encode("a <mask> dog</s>")) < len(vocab) - 2, name
+
+
+@pytest.mark.parametrize("kind", ["bpe", "roberta", "wordpiece"])
 def test_training_is_the_same_in_every_process(kind):
     code = (f"import hashlib, language; t = language.Tokenizer.train({WORDS!r} * 20, 320, {kind!r});"
             "print(hashlib.sha256(t.backend.to_str().encode()).hexdigest())")  # fmt: skip
@@ -332,12 +385,12 @@ def test_gpt2_and_bert_folders(tokenizer, tmp_path):
     tokenizer.backend.save(str(alone / "tokenizer.json"))
     found = Tokenizer.from_pretrained(alone)
     assert found.bos == found.eos == found.pad == tokenizer.eos and found.encode(WORDS[1]) == tokenizer.encode(WORDS[1])
-    roberta = tmp_path / "roberta"
-    roberta.mkdir()
-    (roberta / "vocab.json").write_text(json.dumps({"<s>": 0, "a": 1}))
-    (roberta / "merges.txt").write_text("#version: 0.2\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "vocab.json").write_text(json.dumps({"<s>": 0, "a": 1}))
+    (other / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match="config.json"):  # without it nobody knows which tokens are special
-        Tokenizer.from_pretrained(roberta)
+        Tokenizer.from_pretrained(other)
     bert = tmp_path / "bert"
     bert.mkdir()
     tokens = [*language.BERT_TOKENS, "a", "dog", "##s", "cat", "'", "s", "[", "]", "sep", ","]

@@ -62,21 +62,31 @@ class Verbs:
     def answer(self, picture, question: str) -> str:
         """The most probable answer."""
         self._need("answers", "--task vqa", "answers")
-        tok, ids = self.tokenizer, self.tokenizer.encode(language.clean_caption(question), self.cfg.max_len)
-        batch = self._look(picture) | data.pad_texts([[ids]], tok.bos, tok.eos, tok.pad)
+        batch = self._look(picture) | self.tokens([question])
         return self.answers[self.answer_scores(batch).argmax().item()]
+
+    def tokens(self, texts: list[str]) -> dict:
+        """Texts as written -> what data.pad_texts gives, on the model's device."""
+        tok = self.tokenizer
+        rows = [[tok.encode(language.clean_caption(text), self.cfg.max_len)] for text in texts]
+        return data.to_device(self, data.pad_texts(rows, tok.bos, tok.eos, tok.pad))
 
     def _need(self, part: str, task: str, what: str) -> None:
         if not getattr(self, part, None):
             raise UserError(f"this run is of --task {self.cfg.task} and gives no {what}: take a run of {task}")
 
     def _look(self, picture) -> dict:
-        """The regions or, where the model reads pixels, the pixels of one picture, as a loader's batch has them."""
+        """The regions or, where the model reads pixels, the pixels of one picture, as a loader's batch has them: with
+        cfg.short_side in the picture's own shape, with cfg.image_size the square in its middle."""
         cfg = self.cfg
-        if not hasattr(cfg, "regions"):
-            try:
-                image = data.load_image(regions.scene_named(picture, cfg.world) or picture, cfg.short_side)
-            except data.BadImage as bad:
-                raise UserError(f"{bad}; give another file, or of scenes SPLIT:NUMBER, like test:0") from bad
+        if hasattr(cfg, "regions"):
+            return data.pad_regions([regions.of_picture(picture, cfg.regions, cfg.data, cfg.world, cfg.max_regions)])
+        keeps_shape = hasattr(cfg, "short_side")
+        try:
+            image = data.load_image(regions.scene_named(picture, cfg.world) or picture,
+                                    cfg.short_side if keeps_shape else cfg.image_size)  # fmt: skip
+        except data.BadImage as bad:
+            raise UserError(f"{bad}; give another file, or of scenes SPLIT:NUMBER, like test:0") from bad
+        if keeps_shape:
             return data.pad_pixels([data.within(image, cfg.short_side, cfg.long_side)], 32)
-        return data.pad_regions([regions.of_picture(picture, cfg.regions, cfg.data, cfg.world, cfg.max_regions)])
+        return {"pixels": data.to_pixels(image, cfg.image_size, frame="centre")[None]}

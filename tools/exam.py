@@ -30,7 +30,7 @@ class Exam:
     a batch of them: caption_batch(batch, beam) -> B captions; encode_images(batch) and encode_texts(texts) -> vectors
     whose dot product is the score, or whatever match(images, texts) -> [B, texts] takes; answer_scores(batch) -> scores
     of the answers, of itm [B, 2], the second for a match. gallery_of: pictures of a gallery; 0: the whole split.
-    galleries: how many of them.
+    galleries: how many of them. more(self, items) -> further metrics of a split, the same on every process.
     """
 
     task: str
@@ -40,13 +40,15 @@ class Exam:
     samples: Callable
     gallery_of: int = 0
     galleries: int = 1
+    more: Callable | None = None
 
     @property
     def best_by(self) -> str:
         """The metric on val that `best` is chosen by."""
         return "nlvr1_accuracy" if self.corpus.name == "nlvr1" else BEST_BY[self.task]  # other metrics than NLVR2's
 
-    def _loader(self, items, **more):
+    def batches(self, items, **more):
+        """A loader of this process' share."""
         self.model.eval()
         return data.eval_loader(self.samples(items, **more), 100, self.machine.workers, self.machine.rank,
                                 self.machine.processes)  # fmt: skip
@@ -55,7 +57,7 @@ class Exam:
     def captions(self, items, beam: int) -> dict:
         """{image_id: caption}, the same on every process, as are the next two."""
         with self.machine.autocast():
-            return scoring.caption_split(lambda batch: self.model.caption_batch(batch, beam), self._loader(items))
+            return scoring.caption_split(lambda batch: self.model.caption_batch(batch, beam), self.batches(items))
 
     @torch.no_grad()
     def gallery(self, items, texts) -> dict:
@@ -67,20 +69,20 @@ class Exam:
 
         encoders = [partial(within, encode) for encode in (self.model.encode_images, self.model.encode_texts)]
         match = partial(within, self.model.match) if hasattr(self.model, "match") else lambda v, t: v @ t.T
-        return scoring.score_gallery(*encoders, match, self._loader(items), texts)
+        return scoring.score_gallery(*encoders, match, self.batches(items), texts)
 
     @torch.no_grad()
     def scores(self, items, *which) -> dict:
         """{example_id: scores of the answers}; which: of Choices the task and the answer that rationales are given."""
         more = dict(zip(("task", "answer"), which, strict=False))
         with self.machine.autocast():
-            return scoring.predict_split(self.model.answer_scores, self._loader(items, **more))
+            return scoring.predict_split(self.model.answer_scores, self.batches(items, **more))
 
     @torch.no_grad()
     def collect(self, found_in: Callable, items) -> set:
         """All that found_in(batch), a set, finds in the batches of some items."""
         found = set()
-        for batch in self._loader(items):
+        for batch in self.batches(items):
             with self.machine.autocast():
                 found |= found_in(batch)
         return set(common.gather_lists(list(found)))
@@ -88,7 +90,9 @@ class Exam:
     def on_val(self, items) -> dict[str, Any]:
         """Metrics of the task on some items: captions are greedy, galleries have one text a picture."""
         if self.task == "itm":
-            return scoring.score_pairs(scoring.pairs_of(items), self.scores)
+            edited = scoring.pairs_of(items, True) if hasattr(items[0].image, "objects") else []
+            metrics = scoring.score_pairs(scoring.pairs_of(items), self.scores, edited)
+            return metrics | (self.more(self, items) if self.more else {})
         if self.task in MATCHES:
             items = items[: self.gallery_of or None]
             rows = self.gallery(items, [item.captions[0] for item in items])
@@ -133,6 +137,10 @@ class Exam:
             for table, more in zip((splits, columns), scoring.evaluate_pairs(self.corpus, self.scores, is_main),
                                    strict=True):  # fmt: skip
                 _join(table, more)
+        for split in self.corpus.finally_evaluated() if self.more else ():
+            found = self.more(self, list(self.corpus.splits[split]))
+            if is_main:
+                columns[split] |= found  # the same dictionary as in `splits`
         if self.task in TELLS:
             found = scoring.evaluate_captions(self.corpus, lambda items: self.captions(items, beam), folder, is_main,
                                               official)  # fmt: skip

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import common
+from common import UserError
 from tools import judge
 
 QUIET = {"step", "lr", "grad_norm", "samples_per_s", "mfu", "data_wait", "memory_gib", "eta_s"}  # of the log: not drawn
@@ -13,6 +14,36 @@ SHOWS = {**dict.fromkeys(("retrieval", "itm"), "with the texts they were ranked 
 NEXT = {**dict.fromkeys(("retrieval", "itm"), "--score PICTURE TEXT --init"),
         "vqa": "--ask PICTURE QUESTION --init",
         **dict.fromkeys(("nlvr2", "ve", "vcr"), "--eval-only")}  # fmt: skip
+
+
+def pictures_of(cfg, corpus, machine: common.Machine, least: int) -> int:
+    """Pictures per step over all processes; UserError without a training split or where a process has less than
+    `least` of them."""
+    if "train" not in corpus.splits:
+        raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
+    k, pictures = cfg.captions_per_image, cfg.batch // cfg.captions_per_image
+    if pictures < machine.processes * least:
+        raise UserError(f"--batch {cfg.batch}: too small for {k} captions a picture on {machine.processes} processes; "
+                        "mismatched texts come from other pictures, so each process needs two")  # fmt: skip
+    return pictures
+
+
+def carry_out(name: str, title: str, cfg, checkpoint, model, corpus, machine, started: float, train, evaluate, task):
+    """A run from its folder to what it says at the end: `train`, then `evaluate` of the best checkpoint; both are the
+    model file's. checkpoint: the one that --resume or --init name."""
+    run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create(name, cfg, machine)
+    if model.answers and machine.is_main:
+        common.write_json(run.path / "answers.json", list(model.answers))
+    common.announce(title, model, cfg, machine, corpus, run)
+    try:
+        train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)
+        best = (run.path / "best").resolve()  # chosen on val
+        common.load_model_weights(model, best)
+        columns = evaluate(cfg, model, best, corpus, machine, run.path, started)
+    except (KeyboardInterrupt, UserError) as error:
+        raise common.stopped(run, machine, why=error) from None
+    if machine.is_main:
+        tell(columns, run, task, started, f"{name}.py")
 
 
 def tell(columns: dict, run: common.Run, task: str, started: float, program: str) -> None:

@@ -40,6 +40,17 @@ def edited(caption, scene, luck):
     return scenes.edited(caption, scene, luck)
 
 
+def synonyms(word):
+    """The other single words of the same meaning, plurals for plurals; none for a word that stands alone."""
+    found = []
+    for table in scenes.WORDS.values():
+        for meaning, words in table.items():
+            words = [one for one in words if " " not in one] if meaning is not None else []
+            for forms in (words, [scenes.plural(one) for one in words]):
+                found += [one for one in forms if word in forms and one != word]
+    return tuple(dict.fromkeys(found))
+
+
 def truth_table(items, texts):
     """bool [scenes, texts]: whether the text is true of the scene (unknown and unparsable are not true)."""
     return np.array([[scenes.is_true(text, item.image) is Truth.TRUE for text in texts] for item in items])
