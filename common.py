@@ -188,6 +188,14 @@ def check_numbers(cfg, from_one: str) -> None:
                 raise UserError(f"{flag} {value}: give {least} or more" + ", and a finite number" * math.isinf(value))
 
 
+def check_multiples(cfg, **of) -> None:
+    """UserError for a setting that is no multiple of the other one; of: {name: name of the other}."""
+    for name, other in of.items():
+        if getattr(cfg, name) % getattr(cfg, other):
+            flags = (f"--{x.replace('_', '-')} {getattr(cfg, x)}" for x in (name, other))
+            raise UserError(f"{' '.join(flags)}: the first must be a multiple of the second")
+
+
 def check_drops(cfg) -> None:
     """UserError where cfg.drops is not what `schedule` reads."""
     try:

@@ -81,6 +81,15 @@ def load(name: str, root: str | Path | None = None, task: str = "caption", train
     raise UserError(f"data set {name!r} is not known: it is {', '.join(NAMES)} or the path of own data{hint}")
 
 
+def of_run(cfg, task: str) -> Corpus:
+    """The corpus that a run's config names, for `task`: caption, or one of questions, statements, hypotheses."""
+    return load(cfg.data, cfg.root or None, task, cfg.train_on, world=cfg.world, n_train=cfg.train_scenes,
+                n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+
+
+TRAIN_ON = ("train", "train+val", "train+val+vg")  # of vqa
+
+
 def check_task(task: str, name: str) -> None:
     """UserError where data set `name` has not what the task trains on."""
     of = {"vqa": ("vqa",), "nlvr2": ("nlvr2", "nlvr1"), "ve": ("snli_ve",), "vcr": ("vcr",)}.get(task)

@@ -644,7 +644,7 @@ def loss_itm(logits, labels):
     return F.cross_entropy(logits.float(), labels)
 
 
-# TWIN: soho.py, tden.py
+# TWIN: soho.py, tden.py, vilta.py
 def loss_answers(logits, targets):
     """VQA. logits, soft targets [B, answers] -> binary cross-entropy, summed over answers, mean over questions."""
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum") / len(logits)
@@ -1040,10 +1040,7 @@ def check(cfg: Config) -> None:
 
 
 def load_data(cfg: Config):
-    """The corpus of the task."""
-    task = cfg.task if cfg.task in QUESTION_TASKS else "caption"
-    return corpora.load(cfg.data, cfg.root or None, task, cfg.train_on, world=cfg.world, n_train=cfg.train_scenes,
-                        n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+    return corpora.of_run(cfg, cfg.task if cfg.task in QUESTION_TASKS else "caption")
 
 
 def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:

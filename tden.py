@@ -576,7 +576,7 @@ def loss_ism(text, image, image_ids, margin=0.2, hardest=True):
     return sum(cost.sum() / (cost > 0).sum().clamp(min=1) for cost in (by_text, by_image))
 
 
-# TWIN: soho.py, tden.py
+# TWIN: soho.py, tden.py, vilta.py
 def loss_answers(logits, targets):
     """VQA. logits, soft targets [B, answers] -> binary cross-entropy, summed over answers, mean over questions."""
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum") / len(logits)

@@ -260,17 +260,6 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1))
 
 
-# TWIN: vcgpt.py, vilta.py
-def sine_table(grid: int, width: int):
-    """[grid^2, width]: sines and cosines of row and column, a quarter of the width each. HERE[vcgpt-5]: where positions
-    start from nothing, neighbours should look alike from the first step."""
-    turns = 100 ** -torch.linspace(0, 1, width // 4)  # from one radian per cell down to a hundredth
-    angles = torch.arange(grid)[:, None] * turns  # [grid, width / 4]
-    half = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
-    rows, columns = half[:, None].expand(grid, grid, -1), half[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], dim=2).reshape(grid * grid, -1)
-
-
 class CLIPVision(nn.Module):
     """CLIP's vision tower: patches and a class token to one vector each.
 
@@ -377,7 +366,8 @@ class VCGPT(nn.Module):
         nn.init.normal_(self.clip.class_embedding, std=self.cfg.init_std)
         nn.init.normal_(self.clip.positions, std=self.cfg.init_std)
         if self.cfg.stem == "conv":
-            self.clip.positions[1:] = sine_table(math.isqrt(len(self.clip.positions) - 1), self.cfg.vision_width)
+            grid = math.isqrt(len(self.clip.positions) - 1)
+            self.clip.positions[1:] = weights.sine_table(grid, self.cfg.vision_width)
 
     # --- the two halves
 

@@ -13,22 +13,20 @@ language encoder that is being trained rewrites a word or two of the caption, an
     caption | rewritten | of another picture ──> RoBERTa, fusion ──> x_1, y_1 ──> ITM head: do they belong together?
                   └── by the current RoBERTa and a word head of its own, without gradient
 
-No code of the authors is known, and of the method section only what the notes of this project hold. The network is
-METER's (zdou0830/METER, arXiv 2111.02387), which has the same three encoders and the same two objectives; what the
-paper may say and we do not know is a flag, HERE in the code, and listed in docs/vilta.md with its reason.
+No code of the authors is public, and the paper's method section was not at hand. So the network is METER's, which has
+these three encoders and two objectives, and what we do not know is a flag, a HERE, and a reason in docs/vilta.md.
 
     python vilta.py                                   the small world: matching pairs told apart, 3 minutes, 2 cores
     python vilta.py --arm baseline                    or cd, hn, cd+hn: the same data in the same order
     python vilta.py --task vqa --init runs/vilta-scenes    or retrieval, nlvr2; ve with --world full
     python vilta.py --score test:3 "a red circle" --init RUN     --ask PICTURE QUESTION of a run of vqa
     python tools/negatives.py RUN                     what it writes, and what it makes of it
-    torchrun --nproc_per_node=8 vilta.py --data coco --clip openai/clip-vit-base-patch16 --roberta roberta-base
+    torchrun --nproc_per_node=8 vilta.py --data coco  CLIP's and RoBERTa's weights, 6 + 6 layers
 
 Reading map: config, presets, recipes | blocks | model | corruption: from a loader's batch to what pre-training reads |
-corruption: written negatives | losses | step: a batch of any task | heads of the downstream tasks | official weights |
-training | evaluation | main.
-Marks: `# PAPER` what the paper says, `# OFFICIAL` what METER's code does, `# HERE[id]` what we do and why, a row of
-docs/divergences.md.
+corruption: written negatives | losses | step: a batch of any task | official weights | training | evaluation | main.
+Marks: `# PAPER` what the paper says, `# OFFICIAL` what METER's code does (zdou0830/METER, arXiv 2111.02387),
+`# HERE[id]` what we do and why, a row of docs/divergences.md.
 """
 
 from __future__ import annotations
@@ -80,7 +78,6 @@ class Config(common.RunConfig):
     mismatched: float = 0.5  # share of the pairs that do not belong together (ITM)
     caption_noise: float = 0.0  # share of the captions that are exchanged within the batch, to see what noise does
     negatives: int = 15  # of retrieval, captions of others beside each picture's own
-    retrieval_itm: bool = True  # of retrieval: ITM's loss, too, with a head that stays as it is
     # --- picture
     image_size: int = 288  # pixels; the shorter side becomes this, then a square is cut from the middle
     augment: str = "none"  # none | crop | crop+flip | rand (RandAugment)
@@ -118,8 +115,6 @@ class Config(common.RunConfig):
     weight_decay: float = 0.01  # HERE[vilta-11]: on matrices and embeddings, not on norms and biases
     beta2: float = 0.98  # AdamW's second moment; the first is 0.9
     warmup: float = 0.1  # share of the steps in which the rates rise linearly; then they fall linearly to 0
-    drops: str = ""  # shares of the steps where drop_factor multiplies the rates; none: linearly to 0
-    drop_factor: float = 0.1  # see drops
     grad_clip: float = 1.0  # HERE[vilta-11]: largest gradient norm; OFFICIAL: none. 0: no clipping
     max_len: int = 48  # tokens of a text, <s> and </s> apart
     train_on: str = "train"  # of vqa: train | train+val (but for 3,000 questions) | train+val+vg (Visual Genome)
@@ -228,8 +223,8 @@ class TextBlock(nn.Module):
 
 
 class ConvStem(nn.Sequential):
-    """Pixels to a grid of visual tokens: as many 3x3 convolutions with batch norm as `patch` has factors 2, each of
-    which halves the picture. HERE[vilta-12] (not in the paper): learns from few pictures what a patch of CLIP's knows."""
+    """Pixels to a grid of visual tokens. HERE[vilta-12] (not in the paper): for each factor 2 of `patch` a convolution
+    with batch norm that halves the picture, the first by its stride, the others by a pool; few pictures do."""
 
     def __init__(self, patch: int, width: int):
         widths, layers = [3] + [min(width, 16 << i) for i in range(int(math.log2(patch)))], []
@@ -237,17 +232,6 @@ class ConvStem(nn.Sequential):
             layers += [nn.Conv2d(a, b, 3, 1 if i else 2, 1, bias=False), nn.BatchNorm2d(b), nn.GELU()]
             layers += [nn.MaxPool2d(2)] * (i > 0)
         super().__init__(*layers, nn.Conv2d(widths[-1], width, 1))
-
-
-# TWIN: vcgpt.py, vilta.py
-def sine_table(grid: int, width: int):
-    """[grid^2, width]: sines and cosines of row and column, a quarter of the width each. HERE[vcgpt-5]: where positions
-    start from nothing, neighbours should look alike from the first step."""
-    turns = 100 ** -torch.linspace(0, 1, width // 4)  # from one radian per cell down to a hundredth
-    angles = torch.arange(grid)[:, None] * turns  # [grid, width / 4]
-    half = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
-    rows, columns = half[:, None].expand(grid, grid, -1), half[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], dim=2).reshape(grid * grid, -1)
 
 
 class Vision(nn.Module):
@@ -325,6 +309,11 @@ class WordHead(nn.Module):
         return F.linear(x, self.words.weight if words is None else words, self.bias)
 
 
+def answer_head(width: int, inner: int, n: int) -> nn.Sequential:
+    """OFFICIAL: cls [R, width] -> logits [R, n], of VQA, SNLI-VE and NLVR2, which joins the cls of both pictures."""
+    return nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner, eps=HEAD_EPS), nn.GELU(), nn.Linear(inner, n))
+
+
 class Teacher(nn.Module):
     """PAPER: a frozen language encoder. A copy of RoBERTa with its word head; nothing moves it, and it never drops."""
 
@@ -398,7 +387,7 @@ class ViLTA(nn.Module, ask.Verbs):
         nn.init.normal_(self.vision.class_embedding, std=self.cfg.init_std)
         nn.init.normal_(self.vision.positional_embedding, std=self.cfg.init_std)
         if self.cfg.stem == "conv":
-            self.vision.positional_embedding[1:] = sine_table(self.vision.grid, self.cfg.vision_width)
+            self.vision.positional_embedding[1:] = weights.sine_table(self.vision.grid, self.cfg.vision_width)
 
     # The three encoders
 
@@ -436,14 +425,12 @@ class ViLTA(nn.Module, ask.Verbs):
             return self.start(batch)
         if self.cfg.task == "pretrain":
             return self.pretrain(batch)
-        out = {"logits": self.judge(batch)}
-        if "itm_ids" in batch:
-            out["itm"] = self.itm_head(self.join(batch["itm_ids"], batch["itm_keep_mask"], self.see(batch["pixels"])))
-        return out
+        if self.cfg.task == "retrieval":
+            return self.retrieve(batch)
+        return {"logits": self.judge(batch)}
 
     def start(self, batch: dict) -> dict:
-        """HERE[vilta-10] (not in the paper): the two encoders, each by itself. -> logits of the words said of a picture
-        [B, V], and of hidden words [P, V], from the text alone."""
+        """Each encoder by itself -> logits of the words said of a picture [B, V], and of P hidden words [P, V]."""
         where = batch["mlm_labels"] != NOTHING
         states = self.text(batch["ids"], batch["keep_mask"])[where]
         return {"words": self.word_head(self.vision(batch["pixels"])).amax(1),
@@ -467,16 +454,22 @@ class ViLTA(nn.Module, ask.Verbs):
         out["itm"] = self.itm_head(self.join(batch["itm_ids"], batch["itm_keep_mask"], y))
         return out
 
+    def retrieve(self, batch: dict) -> dict:
+        """Pictures [B, ...], each with k texts ids [B k, T] and one of itm_ids [B, T] -> ranks [B, k], itm [B, 2]."""
+        y = self.see(batch["pixels"])
+        k = len(batch["ids"]) // len(y)
+        cls = self.join(batch["ids"], batch["keep_mask"], y.repeat_interleave(k, 0))
+        return {"ranks": self.rank_head(cls).view(-1, k),
+                "itm": self.itm_head(self.join(batch["itm_ids"], batch["itm_keep_mask"], y))}  # fmt: skip
+
     def judge(self, batch: dict):
-        """ids, keep_mask [R, T] -> logits: of a match [R, 2], of a rank [B, R / B], or of answers [R, answers]."""
+        """ids [B, T], a text for each picture or pair -> logits of a match [B, 2], or of answers [B, answers]."""
         pixels, ids, keep = batch["pixels"], batch["ids"], batch["keep_mask"]
         if self.cfg.task == "nlvr2":  # two passes, one for each picture [B, 2, 3, S, S]
             x = self.read(self.text(ids, keep))
             passes = [self.pool(*self.fuse(x, keep, self.see(pixels[:, i], 1 + i), "first")) for i in (0, 1)]
             return self.answer_head(torch.cat(passes, dim=1))
-        cls = self.join(ids, keep, self.see(pixels).repeat_interleave(len(ids) // len(pixels), 0))
-        if self.cfg.task == "retrieval":
-            return self.rank_head(cls).view(len(pixels), -1)
+        cls = self.join(ids, keep, self.see(pixels))
         return self.itm_head(cls) if self.cfg.task == "pretrain" else self.answer_head(cls)
 
     # What tools/exam.py, tools/ask.py and tools/negatives.py call
@@ -529,13 +522,10 @@ class ViLTA(nn.Module, ask.Verbs):
         return {name: getattr(self, f"words_{name}") for name in ("first", "later", "starts", "stop", "stem")}
 
     @torch.no_grad()
-    def fill(self, batch: dict, ids, keep_mask, where, sees=True):
-        """Texts [B, T] beside the pictures of a loader's batch -> logits [P, V] at the P places in bool `where` [B, T];
-        sees=False: of the language encoder with its word head, without the picture."""
-        states = self.text(ids, keep_mask)
-        if not sees:
-            return self.lm_head(states[where], self.text.word.weight)
-        return self.mlm_head(self.fuse(self.read(states), keep_mask, self.encode_images(batch), "text")[0][where])
+    def fill(self, batch: dict, ids, keep_mask, where):
+        """Texts [B, T] beside a loader's pictures -> logits [P, V] at the P places that are true in `where` [B, T]."""
+        x = self.read(self.text(ids, keep_mask))
+        return self.mlm_head(self.fuse(x, keep_mask, self.encode_images(batch), "text")[0][where])
 
     @classmethod
     def from_run(cls, source: str, device="cpu") -> ViLTA:
@@ -562,13 +552,12 @@ MATCHING, WRITTEN, OTHER = 0, 1, 2  # kinds of pairs: own caption, rewritten, an
 def corrupt(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Generator) -> dict:
     """A loader's captions with pictures -> what `ViLTA.pretrain` reads and its labels, for R = k * B pairs:
 
-    pixels [B, 3, S, S]; ids, keep_mask, mlm_labels [R, T], teacher_ids [R, T]; itm_ids, itm_keep_mask [R, T] of pairs
-    whose kind [R] is MATCHING, WRITTEN (yet to be rewritten, see `write_negatives`) or OTHER; other_ids, other_keep_mask
+    pixels [B, 3, S, S]; ids, keep_mask, mlm_labels, teacher_ids [R, T]; itm_ids, itm_keep_mask [R, T] of pairs whose
+    kind [R] is MATCHING, WRITTEN (yet to be rewritten, see `write_negatives`) or OTHER; other_ids, other_keep_mask
     for pairs that cannot be rewritten; order and lots [R, T], luck of the writing.
     """
     ids, keep = data.whole_captions(batch, tok.pad)
     B, R = len(batch["pixels"]), len(ids)  # pictures, pairs
-    numbers = data.picture_numbers(batch, R // B)
     ids, keep = data.exchange(cfg.caption_noise, luck, ids, keep)
     may_mask = keep & (ids != tok.bos) & (ids != tok.eos)
     # HERE[vilta-9] (not in the paper): of a caption of which nothing was drawn one word, whichever
@@ -580,7 +569,7 @@ def corrupt(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Gener
     n_written = round(cfg.syn_ratio * n) if writes(cfg) else 0
     rank = torch.randperm(R, generator=luck)
     kinds = torch.where(rank >= n, MATCHING, torch.where(rank < n_written, WRITTEN, OTHER))
-    others, may_be = other_captions(numbers, R // B, luck)
+    others, may_be = other_captions(data.picture_numbers(batch, R // B), luck)
     kinds = torch.where(may_be | (kinds == MATCHING), kinds, MATCHING)
     itm_ids, itm_keep = (torch.where((kinds == OTHER)[:, None], x[others], x) for x in (ids, keep))
     return {
@@ -591,9 +580,9 @@ def corrupt(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Gener
     }  # fmt: skip
 
 
-def other_captions(numbers, k: int, luck: torch.Generator):
-    """numbers [R], equal for texts of one picture, k a picture -> for each the index of another picture's text [R], and
-    whether there is one bool [R].
+def other_captions(numbers, luck: torch.Generator):
+    """numbers [R], equal for texts of one picture -> for each the index of another picture's text [R], and whether
+    there is one, bool [R].
 
     HERE[vilta-13]: METER gives the caption another picture of the data set; here the picture gets a caption of another
     one of this process' batch, so that every picture is encoded once.
@@ -606,6 +595,7 @@ def other_captions(numbers, k: int, luck: torch.Generator):
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruption: written negatives. PAPER: the current language encoder rewrites the caption, seeing the text alone. All of
 # how is HERE[vilta-7] and HERE[vilta-8].
+
 
 def rewritable(ids, keep_mask, tables: dict):
     """bool [R, T]: words of one token that are no stop words."""
@@ -623,16 +613,16 @@ def write(model: ViLTA, ids, keep_mask, order, lots) -> dict:
     nothing can be rewritten stays as it is.
     """
     cfg, tables = model.cfg, model.tables()
-    text, head = (model.text, model.lm_head) if cfg.gen_encoder == "current" else (model.teacher.text,
-                                                                                   model.teacher.head)
+    text, head = model.text, model.lm_head
+    if cfg.gen_encoder == "frozen":
+        text, head = model.teacher.text, model.teacher.head
     was_training = text.training
     text.eval()
     # n = max(1, round(0.15 L)) content words make way for <mask>, all at once
-    n = (cfg.rewrite * keep_mask.sum(1)).round().long().clamp(min=1)
+    n = (cfg.rewrite * (keep_mask.sum(1) - 2)).round().long().clamp(min=1)  # <s> and </s> are no words
     where = data.first_of(order, rewritable(ids, keep_mask, tables), n)  # bool [R, T]
-    masked = ids.masked_fill(where, model.tokenizer.mask)
-    words = text.word.weight
-    logits = head(text(masked, keep_mask)[where], words).float()  # [P, V]
+    words, mask = text.word.weight, model.tokenizer.mask
+    logits = head(text(ids.masked_fill(where, mask), keep_mask)[where], words).float()  # [P, V]
     plain = head(text(ids, keep_mask)[where], words).float()  # the same places with the caption in view
     text.train(was_training)
     old, place = ids[where], where.nonzero()  # [P], [P, 2]
@@ -648,9 +638,9 @@ def write(model: ViLTA, ids, keep_mask, order, lots) -> dict:
     is_new = may_be.gather(1, fresh[:, None])[:, 0]
     p = logits.softmax(1).gather(1, fresh[:, None])[:, 0] * is_new
     changed = torch.zeros_like(keep_mask).masked_scatter(where, is_new)
-    in_row = lambda x: torch.zeros(ids.shape, device=ids.device).masked_scatter(where, x.float()).sum(1)  # noqa: E731
+    p_in_row = torch.zeros(len(ids), device=ids.device).index_add_(0, place[:, 0], p)
     return {"ids": torch.where(changed, ids.masked_scatter(where, fresh), ids), "is_written": changed.any(1),
-            "p": in_row(p) / in_row(is_new).clamp(min=1)}  # fmt: skip
+            "p": p_in_row / changed.sum(1).clamp(min=1)}  # fmt: skip
 
 
 def write_negatives(model: ViLTA, rows: dict) -> dict:
@@ -660,16 +650,12 @@ def write_negatives(model: ViLTA, rows: dict) -> dict:
         return rows
     asked = rows["kinds"] == WRITTEN
     found = write(model, *(rows[name][asked] for name in ("itm_ids", "itm_keep_mask", "order", "lots")))
-    rows = {**rows, "itm_ids": rows["itm_ids"].clone(), "itm_keep_mask": rows["itm_keep_mask"].clone(),
-            "kinds": rows["kinds"].clone(), "p": torch.zeros(len(asked), device=asked.device)}  # fmt: skip
-    is_written = found["is_written"]
-    fails = asked.clone()
-    fails[asked] = ~is_written
-    rows["itm_ids"][asked], rows["p"][asked] = found["ids"], found["p"]
-    for name in ("ids", "keep_mask"):
-        rows[f"itm_{name}"][fails] = rows[f"other_{name}"][fails]
-    rows["kinds"][fails] = OTHER
-    return rows
+    fails = torch.zeros_like(asked).masked_scatter(asked, ~found["is_written"])
+    ids, p = rows["itm_ids"].clone(), torch.zeros(len(asked), device=asked.device)
+    ids[asked], p[asked] = found["ids"], found["p"]
+    return {**rows, "itm_ids": torch.where(fails[:, None], rows["other_ids"], ids), "p": p,
+            "itm_keep_mask": torch.where(fails[:, None], rows["other_keep_mask"], rows["itm_keep_mask"]),
+            "kinds": rows["kinds"].masked_fill(fails, OTHER)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -694,12 +680,6 @@ def soft_labels(logits, temperature=1.0, topk=0):
     if topk:
         z = torch.full_like(z, -math.inf).scatter(1, (best := z.topk(min(topk, z.size(1)))).indices, best.values)
     return z.softmax(1)
-
-
-def loss_words(logits, words):
-    """Words of a picture. logits, words [B, V], 1 = said of it -> binary cross-entropy, summed over words, mean over
-    pictures."""
-    return F.binary_cross_entropy_with_logits(logits.float(), words, reduction="sum") / len(logits)
 
 
 def loss_itm(logits, labels):
@@ -730,15 +710,13 @@ def rows_of(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Gener
         ids, keep = data.whole_captions(batch, tok.pad)
         B, k = len(ids), 1 + cfg.negatives  # pictures, texts a picture
         numbers = data.picture_numbers(batch, 1)
-        false = torch.stack([other_captions(numbers, 1, luck)[0] for _ in range(cfg.negatives)], dim=1)
+        false = torch.stack([other_captions(numbers, luck)[0] for _ in range(cfg.negatives)], dim=1)
         taken = torch.cat([torch.arange(B)[:, None], false], dim=1).flatten()  # [B * k]
         rows = {"pixels": batch["pixels"], "ids": ids[taken], "keep_mask": keep[taken]}
-        if cfg.retrieval_itm:
-            is_other = torch.randperm(B, generator=luck) < B // 2
-            mixed = torch.where(is_other, taken.view(B, k)[:, 1], torch.arange(B))
-            rows |= {"itm_ids": ids[mixed], "itm_keep_mask": keep[mixed],
-                     "kinds": torch.where(is_other, OTHER, MATCHING)}  # fmt: skip
-        return rows
+        is_other = torch.randperm(B, generator=luck) < B // 2
+        mixed = torch.where(is_other, taken.view(B, k)[:, 1], torch.arange(B))
+        return rows | {"itm_ids": ids[mixed], "itm_keep_mask": keep[mixed],
+                       "kinds": torch.where(is_other, OTHER, MATCHING)}  # fmt: skip
     label = "targets" if cfg.task == "vqa" else "labels"
     return {name: batch[name] for name in ("pixels", "ids", "keep_mask", label)}
 
@@ -747,8 +725,8 @@ def start_of(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Gene
     """A loader's captions with pictures -> what the first `start_steps` read: pixels; words [B, V], 1 where a token is
     in one of the picture's captions; ids, keep_mask, mlm_labels [R, T], captions with words hidden.
 
-    HERE[vilta-10] (not in the paper): ViLTA starts from a vision encoder that knows words and a RoBERTa that knows
-    sentences. Encoders that start from nothing first learn both apart; the teacher is the copy of the one taken then.
+    HERE[vilta-10] (not in the paper): a stand-in for the weights of CLIP and RoBERTa, where there are none; the teacher
+    is the copy of the language encoder taken then.
     """
     ids, keep = data.whole_captions(batch, tok.pad)
     may_mask = keep & (ids != tok.bos) & (ids != tok.eos)
@@ -762,7 +740,7 @@ def losses(cfg: Config, out: dict, rows: dict) -> dict:
     if cfg.task == "pretrain":
         labels = rows["mlm_labels"][rows["mlm_labels"] != NOTHING]
         if "words" in out:
-            return {"words": loss_words(out["words"], rows["words"]), "lm": loss_mlm(out["lm"], labels)}
+            return {"words": loss_answers(out["words"], rows["words"]), "lm": loss_mlm(out["lm"], labels)}
         soft = None
         if "teacher" in out:
             soft = soft_labels(out["teacher"], cfg.teacher_temperature, cfg.teacher_topk)
@@ -770,20 +748,10 @@ def losses(cfg: Config, out: dict, rows: dict) -> dict:
                  "itm": loss_itm(out["itm"], (rows["kinds"] == MATCHING).long())}  # fmt: skip
         return found | ({"gen": loss_mlm(out["gen"], labels)} if "gen" in out else {})
     if cfg.task == "retrieval":
-        found = {"rank": loss_rank(out["logits"])}
-        return found | ({"itm": loss_itm(out["itm"], (rows["kinds"] == MATCHING).long())} if "itm" in out else {})
+        return {"rank": loss_rank(out["ranks"]), "itm": loss_itm(out["itm"], (rows["kinds"] == MATCHING).long())}
     if cfg.task == "vqa":
         return {"vqa": loss_answers(out["logits"], rows["targets"])}
     return {cfg.task: F.cross_entropy(out["logits"].float(), rows["labels"])}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads of the downstream tasks
-
-
-def answer_head(width: int, inner: int, n: int) -> nn.Sequential:
-    """OFFICIAL: cls [R, width] -> logits [R, n], of VQA, SNLI-VE and NLVR2, which joins the cls of both pictures."""
-    return nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner, eps=HEAD_EPS), nn.GELU(), nn.Linear(inner, n))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -883,8 +851,6 @@ def load_official(model: ViLTA, state: dict, what: str = "METER") -> str:
     `weights.load_parts`. The teacher becomes a copy of the language encoder, where the word head came along."""
     names = {name: theirs for name, theirs in official_names(model).items() if not name.startswith("teacher.")}
     single = {ours: theirs if isinstance(theirs, str) else theirs[0] for ours, theirs in names.items()}
-    task = ANSWERS.get(model.cfg.task)
-    state = {key: x for key, x in state.items() if not key.startswith(tuple(set(ANSWERS.values()) - {task}))}
     told = weights.load_parts(model, fitted(model, state, single), names, OTHERS, what)
     if hasattr(model, "teacher") and "lm_head.bias" in state:
         model.teacher = Teacher(model.text, model.lm_head)
@@ -945,12 +911,18 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> ViLTA:
     has_answers = "vqa_classifier.3.bias" in found.get("METER", {}) and cfg.task == "vqa"
     answers = weights.known_answers(corpus, checkpoint, cfg.init, has_answers) if cfg.task == "vqa" else ()
     model = ViLTA(cfg, tokenizer, answers)
-    if checkpoint and common.read_json(checkpoint.parent / "config.json")["task"] == cfg.task:
+    state = common.read_tensors(checkpoint / "model.safetensors") if checkpoint else {}
+    is_same = checkpoint and common.read_json(checkpoint.parent / "config.json")["task"] == cfg.task
+    if is_same and state.keys() == model.state_dict().keys():
         common.load_model_weights(model, checkpoint)
-    elif checkpoint:  # pre-trained, or trained for another task
-        state, same = common.read_tensors(checkpoint / "model.safetensors"), {name: name for name in model.state_dict()}
-        state = {name: x for name, x in state.items() if not name.startswith("answer_head.")}  # of another task
+    elif checkpoint:  # trained for another task, or in another arm
+        state = {name: x for name, x in state.items() if is_same or not name.startswith("answer_head.")}
+        same = {name: name for name in model.state_dict()}
         told.append(weights.load_parts(model, fitted(model, state, same), same, PARTS, str(checkpoint)))
+        if hasattr(model, "lm_head") and "lm_head.bias" not in state:
+            raise UserError(f"{checkpoint} has no word head for teacher and writer: go on with it by --arm baseline")
+        if hasattr(model, "teacher") and "teacher.head.bias" not in state:
+            model.teacher = Teacher(model.text, model.lm_head)
     for what in ("RoBERTa", "CLIP", "METER"):  # the last one last: the teacher is RoBERTa as it was
         if what in found:
             told.append(load_official(model, found[what], what))
@@ -970,10 +942,9 @@ def samples_of(cfg: Config, model: ViLTA, corpus, items, train=False):
 
 def examination(cfg: Config, model: ViLTA, corpus, machine) -> exam.Exam:
     """A pre-trained model is also asked to fill in masked words and to judge the negatives that it writes."""
-    asked = exam.Exam("itm" if cfg.task == "pretrain" else cfg.task, model, corpus, machine,
-                      partial(samples_of, cfg, model, corpus), cfg.gallery, cfg.galleries)  # fmt: skip
-    asked.more = negatives.metrics if cfg.task == "pretrain" else None
-    return asked
+    task, more = ("itm", negatives.metrics) if cfg.task == "pretrain" else (cfg.task, None)
+    return exam.Exam(task, model, corpus, machine, partial(samples_of, cfg, model, corpus), cfg.gallery,
+                     cfg.galleries, more)  # fmt: skip
 
 
 def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | None = None) -> None:
@@ -982,9 +953,8 @@ def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | No
     optimizer = make_optimizer(cfg, model)
     start, best, is_due = run.go_on(checkpoint, optimizer)
     samples = samples_of(cfg, model, corpus, corpus.splits["train"], train=True)
-    pictures = cfg.batch // cfg.captions_per_image
-    loader = data.train_loader(samples, pictures, machine.workers, machine.rank, machine.processes, cfg.seed, start,
-                               cfg.steps, pin=machine.device.type == "cuda")  # fmt: skip
+    loader = data.train_loader(samples, cfg.batch // cfg.captions_per_image, machine.workers, machine.rank,
+                               machine.processes, cfg.seed, start, cfg.steps, pin=machine.device.type == "cuda")
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
     asked = examination(cfg, model, corpus, machine)
     # 6 x parameters x tokens of both streams, in each of two passes: a lower bound, the encoders not being counted
@@ -1007,8 +977,7 @@ def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | No
             luck = torch.Generator().manual_seed(seed)
             prepare = start_of if step < cfg.start_steps else rows_of
             rows = data.to_device(model, prepare(batch, model.tokenizer, cfg, luck))
-            told = [len(batch["bad"]), stop.signum > 0]
-            bad_in_all, stops = common.sum_over_processes(told, machine.device)
+            bad_in_all, stops = common.sum_over_processes([len(batch["bad"]), stop.signum > 0], machine.device)
             if bad_in_all:
                 loader.judge(common.gather_lists(batch["bad"]))
             pieces, logged = data.equal_pieces(rows, cfg.micro_batch), {}
@@ -1026,7 +995,7 @@ def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | No
             norm = nn.utils.clip_grad_norm_(others, cfg.grad_clip or math.inf)
             nn.utils.clip_grad_norm_(heads, cfg.grad_clip or math.inf)
             common.stop_if_not_finite(norm, float(sum(logged.values())), batch["image_id"], step + 1, run)
-            share = common.schedule(cfg, step)
+            share = common.linear_schedule(step, cfg.steps, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
             optimizer.step()
@@ -1058,13 +1027,7 @@ def final_evaluation(cfg: Config, model: ViLTA, checkpoint: Path, corpus, machin
     n_texts = 1 if cfg.data == "scenes" or cfg.gallery else 5
     asked = examination(cfg, model, corpus, machine)
     splits, columns = asked.final(folder, 1, cfg.official, n_texts)
-    protocol = {
-        **common.own_settings(cfg), "texts_per_picture": n_texts, "notes": corpus.notes,
-        "checkpoint": common.how_chosen(checkpoint), "best_by": asked.best_by,
-    }  # fmt: skip
-    if machine.is_main:
-        seconds = time.perf_counter() - started
-        common.write_metrics(folder, "vilta", cfg, machine, model, seconds, protocol, splits)
+    finish.record("vilta", cfg, asked, checkpoint, folder, started, splits, texts_per_picture=n_texts)
     return columns
 
 
@@ -1072,7 +1035,7 @@ def final_evaluation(cfg: Config, model: ViLTA, checkpoint: Path, corpus, machin
 # Main
 
 # what --init takes over from the run's config
-SIZES = ("arm syn_ratio alpha gen_encoder patch stem vision_width vision_layers vision_heads vision_mlp text_width "
+SIZES = ("arm patch stem vision_width vision_layers vision_heads vision_mlp text_width "
          "text_layers text_heads text_mlp positions vocab_size width layers heads mlp clip roberta").split()
 
 
@@ -1081,34 +1044,26 @@ def check(cfg: Config) -> None:
     common.check_numbers(cfg, "batch captions_per_image max_len image_size patch vision_width vision_heads text_width "
                          "text_layers text_heads positions width layers heads negatives galleries gen_topk "
                          "teacher_temperature")  # fmt: skip
-    for name, choices in (("task", TASKS), ("arm", ("baseline", "cd", "hn", "cd+hn")), ("stem", ("patch", "conv")),
-                          ("teacher-input", ("all_mask", "same_as_student", "unmasked")),
-                          ("gen-head", ("probe", "static", "joint")), ("gen-encoder", ("current", "frozen")),
-                          ("augment", data.AUGMENTATIONS),
-                          ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
+    for name, choices in {
+        "task": TASKS, "arm": ("baseline", "cd", "hn", "cd+hn"), "stem": ("patch", "conv"),
+        "teacher-input": ("all_mask", "same_as_student", "unmasked"), "gen-head": ("probe", "static", "joint"),
+        "gen-encoder": ("current", "frozen"), "augment": data.AUGMENTATIONS, "train-on": corpora.TRAIN_ON,
+    }.items():  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
-    for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads"), ("width", "heads")):
-        if getattr(cfg, width) % getattr(cfg, heads):
-            raise UserError(f"--{width.replace('_', '-')} {getattr(cfg, width)}: no multiple of "
-                            f"--{heads.replace('_', '-')} {getattr(cfg, heads)}")  # fmt: skip
-    if cfg.image_size % cfg.patch:
-        raise UserError(f"--image-size {cfg.image_size} --patch {cfg.patch}: the first must be a multiple of the second")
+    common.check_multiples(cfg, vision_width="vision_heads", text_width="text_heads", width="heads", image_size="patch")
     if cfg.stem == "conv" and (cfg.patch & (cfg.patch - 1) or cfg.patch < 2 or cfg.vision_width % 4):
         raise UserError(f"--stem conv --patch {cfg.patch} --vision-width {cfg.vision_width}: give a power of two and a "
                         "multiple of 4")  # fmt: skip
     if cfg.task == "pretrain" and cfg.steps and cfg.start_steps >= cfg.steps:
         raise UserError(f"--start-steps {cfg.start_steps} --steps {cfg.steps}: nothing is left for pre-training")
-    corpora.check_task(cfg.task, cfg.data), common.check_drops(cfg)
+    corpora.check_task(cfg.task, cfg.data)
     shares = "warmup word_mask mismatched syn_ratio rewrite alpha caption_noise".split()
     common.check_most(cfg, {**dict.fromkeys(shares, 1), "dropout": 0.99, "beta2": 0.99999,
                             "max_len": cfg.positions - 4})  # fmt: skip
 
 
 def load_data(cfg: Config):
-    """The corpus of the task."""
-    task = cfg.task if cfg.task in QUESTION_TASKS else "caption"
-    return corpora.load(cfg.data, cfg.root or None, task, cfg.train_on, world=cfg.world, n_train=cfg.train_scenes,
-                        n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+    return corpora.of_run(cfg, cfg.task if cfg.task in QUESTION_TASKS else "caption")
 
 
 def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
@@ -1125,8 +1080,9 @@ def main(argv: list[str] | None = None) -> None:
     if command.eval_only is not None:
         return compare.evaluate_runs(command.eval_only, given, "vilta", Config, DECODING, check, evaluate_run)
     cfg, checkpoint = common.configure(Config, given, "vilta", PRESETS, RECIPES, SIZES, takes_files=True)
-    if cfg.task != "pretrain":
-        cfg.captions_per_image, cfg.start_steps = 1, 0
+    cfg.captions_per_image = cfg.captions_per_image if cfg.task == "pretrain" else 1
+    if cfg.task != "pretrain" or checkpoint and not cfg.resume:
+        cfg.start_steps = 0
     check(cfg)
     machine = common.start_machine(cfg)
     corpus = load_data(cfg)
@@ -1134,10 +1090,10 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {cfg.captions_per_image} captions" * (cfg.captions_per_image > 1)
-    arm = f", {cfg.arm}" if cfg.task == "pretrain" else ""
-    finish.carry_out("vilta", f"ViLTA ({cfg.task}{arm}): {shape}", cfg, checkpoint, model, corpus, machine, started, train,
-                     final_evaluation, "itm" if cfg.task == "pretrain" else cfg.task)  # fmt: skip
+    k, arm = cfg.captions_per_image, f", {cfg.arm}" if cfg.task == "pretrain" else ""
+    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {k} captions" * (k > 1)
+    finish.carry_out("vilta", f"ViLTA ({cfg.task}{arm}): {shape}", cfg, checkpoint, model, corpus, machine, started,
+                     train, final_evaluation, "itm" if cfg.task == "pretrain" else cfg.task)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -119,6 +119,16 @@ def sizes_of(state: dict, shapes: dict, depths: dict) -> dict:
     return sizes
 
 
+def sine_table(grid: int, width: int):
+    """[grid^2, width]: sines and cosines of row and column, a quarter of the width each. Where positions
+    start from nothing, neighbours should look alike from the first step."""
+    turns = 100 ** -torch.linspace(0, 1, width // 4)  # from one radian per cell down to a hundredth
+    angles = torch.arange(grid)[:, None] * turns  # [grid, width / 4]
+    half = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    rows, columns = half[:, None].expand(grid, grid, -1), half[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=2).reshape(grid * grid, -1)
+
+
 def resize_positions(positions, grid: int):
     """Learned table [1 + g^2, D] -> [1 + grid^2, D], bicubically, for pictures of another size; [CLS] keeps its row."""
     side = math.isqrt(len(positions) - 1)
@@ -199,7 +209,7 @@ def parted(state: dict) -> dict:
 
 
 def clip_vision(state: dict) -> dict:
-    """CLIP's vision tower under OpenAI's names (class_embedding, conv1.weight, transformer.resblocks.0.ln_1.weight ...),
+    """CLIP's vision tower under OpenAI's names (class_embedding, conv1.weight, transformer.resblocks.0.ln_1.weight),
     attention parted, from a full model or the tower alone: OpenAI's (`visual.`), or transformers', with or without
     `vision_model.`. UserError where there is none."""
     prefix = next((x for x in ("visual.", "vision_model.") if any(key.startswith(x) for key in state)), "")

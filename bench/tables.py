@@ -1,4 +1,4 @@
-"""The experiments behind the tables of docs/tden.md: runs them, goes on where it was stopped, prints the tables.
+"""The experiments behind the tables of docs/: runs them, goes on where it was stopped, prints the tables.
 
     python bench/tables.py tden --list                     what is done, what is left, and the minutes each took
     python bench/tables.py tden --jobs 2                   all that is left, two runs at a time, a thread each
@@ -9,7 +9,7 @@
 Each run is a folder below --out, with what it printed beside it (NAME.txt). One with metrics.json is finished and
 skipped; one with a checkpoint goes on by --resume; one without either is removed and started anew. Ctrl-C lets the
 programs save what they have: the same command goes on. A run of other settings than the plan's is an error. All numbers
-of the tables come from the metrics.json of the runs.
+of the tables come from the metrics.json of the runs, those of a first look from their log.jsonl.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import math
 import os
 import re
 import shlex
@@ -66,6 +67,7 @@ SOHO_STARTS = (
     Row("after dictionary and MVM", start="dictionary and MVM"),
     Row("after no dictionary", start="no dictionary"),
 )
+OFTEN = "--eval-every 65 --val-items 500"
 PLANS = {
     "tden": (
         Table("pretrain", 600, "true@1 R@1 caption_true CIDEr_D", (
@@ -101,6 +103,14 @@ PLANS = {
         Table("nlvr2", 300, "nlvr2_accuracy nlvr2_consistency", SOHO_STARTS),
         Table("ve", 300, "ve_accuracy", (Row("from scratch", "--world full"),
                                          Row("after full world", "--world full", start="full world"))),
+    ),
+    "vilta": (
+        Table("pretrain", 650, "itm_accuracy itm_accuracy_edited mlm_accuracy mlm_synonyms true@1", (
+            Row("baseline", f"--arm baseline {OFTEN}"),
+            Row("cd", f"--arm cd {OFTEN}"),
+            Row("hn", f"--arm hn {OFTEN}"),
+            Row("cd+hn", f"--arm cd+hn {OFTEN}"),
+        )),
     ),
 }  # fmt: skip
 
@@ -271,7 +281,76 @@ def report(paper: str, runs: dict[str, Planned], out: Path, scale: float) -> str
         lines += ["", f"Seeds {' / '.join(map(str, SEEDS))}; {'; '.join(sorted(protocols))}; {took:.0f} minutes.", ""]
         commands = [shlex.join(words_of(tables, table, row, "S", out, scale)) for row in table.rows]
         lines += [f"- {row.name}: `python {paper}.py {c}`" for row, c in zip(table.rows, commands, strict=True)] + [""]
+        if table is tables[0] and paper in LOOKS:
+            lines += LOOKS[paper](table, runs)
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A first look at ViLTA's claims, from what its runs logged of val: the arms beside the baseline of the same seed
+
+
+def curve(records: list[dict], *names: str) -> list[tuple]:
+    """Records of log.jsonl -> (step, values by these names) of each evaluation on val, in its order."""
+    return [(r["step"], *(r[f"val_{name}"] for name in names)) for r in records
+            if all(f"val_{name}" in r for name in names)]  # fmt: skip
+
+
+def at_level(points: list[tuple[float, float]], level: float, slack: float) -> float | None:
+    """The second number where the first, in the order of training, is `level`: between two evaluations linearly, and
+    the last time that it passes it, because a model is surer the longer it trains. Where it passes it nowhere, that of
+    the nearest evaluation (of equals the last), if it is no more than `slack` away; else None."""
+    for (a, u), (b, v) in reversed(list(zip(points, points[1:], strict=False))):
+        if min(a, b) <= level <= max(a, b):
+            return v if a == b else u + (v - u) * (level - a) / (b - a)
+    near, value = min(reversed(points), key=lambda point: abs(point[0] - level), default=(math.inf, None))
+    return value if abs(near - level) <= slack + 1e-9 else None
+
+
+def share_needed(points: list[tuple[int, float]], goal: float, steps: int) -> float | None:
+    """(step, value) of each evaluation -> the first step whose value is `goal` or more, as a share of `steps`, all
+    counted from the first; None where there is no such."""
+    return next((step / steps for step, value in points if value >= goal), None)
+
+
+def compare_runs(arm: list[dict], baseline: list[dict]) -> list[str]:
+    """log.jsonl of an arm and of the baseline -> the cells of its row: synonyms at the accuracy with which the baseline
+    ends, the baseline's; share of the baseline's steps until its last value, of both accuracies of ITM."""
+    cells, form = [], lambda x, none: none if x is None else f"{x:.3f}"
+    _, accuracy, synonyms = curve(baseline, "mlm_accuracy", "mlm_synonyms")[-1]
+    found = at_level([point[1:] for point in curve(arm, "mlm_accuracy", "mlm_synonyms")], accuracy, 0.01)
+    cells += [form(found, "-"), form(synonyms, "-")]
+    for name in ("itm_accuracy", "itm_accuracy_edited"):
+        steps, goal = curve(baseline, name)[-1]
+        share = share_needed(curve(arm, name), goal, steps)
+        cells.append("> 1.00" if share is None else f"{share:.2f}")
+    return cells
+
+
+def first_look(table: Table, runs: dict[str, Planned]) -> list[str]:
+    """Lines below ViLTA's first table. Without intervals: it says whether to look closer, not what is so."""
+    head = ["", "synonyms at the baseline's accuracy", "the baseline's", "share of its steps to its itm_accuracy",
+            "to its itm_accuracy_edited"]  # fmt: skip
+    lines = ["A first look, no test: few seeds, single evaluations on val. Synonyms: probability of the hidden word's "
+             "synonyms where the arm is as accurate on hidden words (mlm_accuracy) as the baseline at its end, a dash "
+             "where it never comes within a point of that. Shares: the first evaluation that is no worse than the "
+             "baseline's last, over all of the baseline's steps; its own row says what chance alone does to that.",
+             "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]  # fmt: skip
+    logs = {}
+    for row in table.rows:
+        for seed in SEEDS:
+            run = runs[name_of(table, row, seed)]
+            logs[row, seed] = common.read_log(run.folder / "log.jsonl") if run.state() == "done" else []
+    for row in table.rows:
+        cells = [compare_runs(logs[row, seed], base) if logs[row, seed] and base else ["-"] * (len(head) - 1)
+                 for seed in SEEDS for base in [logs[table.rows[0], seed]]]  # fmt: skip
+        lines.append(f"| {' | '.join([row.name, *(' / '.join(column) for column in zip(*cells, strict=True))])} |")
+    return [*lines, ""]
+
+
+LOOKS = {"vilta": first_look}  # of the runs of the first table
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """bench/: the step that is timed is the step of training, and the driver of the tables stops, goes on and reports."""
 
 import importlib.util
+import json
+import math
 import sys
 from copy import deepcopy
 from types import SimpleNamespace
@@ -173,3 +175,117 @@ def test_the_step_of_soho_is_the_one_that_trains(tmp_path, monkeypatch):
     assert {name: loss.item() for name, loss in found.items()} == pytest.approx(expected)
     timed.train_step(timed.config("tiny", freeze_cnn=1.0), model, model, soho.Optimizers(cfg, model), rows, CPU)
     assert model.cnn.is_frozen and not model.cnn.bn1.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench/vilta.py and the first look at its runs
+
+
+@pytest.mark.parametrize("arm", ["baseline", "cd+hn"])
+def test_the_step_of_vilta_is_that_of_training(arm, tmp_path, monkeypatch):
+    """From the same weights, batch and luck: the same losses, and the same weights after it, to the last bit."""
+    import vilta
+
+    timed = load("vilta")
+    built, made, logged = (spy(monkeypatch, owner, name) for owner, name in
+                           ((vilta, "build"), (vilta, "rows_of"), (common.Logger, "step")))  # fmt: skip
+    monkeypatch.setattr(vilta, "final_evaluation", lambda *_: {})
+    monkeypatch.setattr(finish, "tell", lambda *_: None)
+    more = f"--arm {arm} --start-steps 0 --steps 1 --log-every 1 --dropout 0.1 --val-items 4 --test-scenes 4".split()
+    run("vilta", *toy("vilta", *more, "--out", tmp_path / "run"))
+    (model, cfg), ((batch, *_), rows), losses = (built[0][1], built[0][0][0]), made[0], logged[0][0][2]
+    optimizer = vilta.make_optimizer(cfg, model)
+    torch.manual_seed(cfg.seed + 2**31)  # as the loop does for dropout
+    model.cfg = None  # the step brings its own: the arms take turns with one model
+    found = timed.train_step(cfg, model, optimizer, rows, CPU)
+    assert found.keys() == {"mlm", "itm", *(("gen",) if arm == "cd+hn" else ())} <= losses.keys()
+    assert all(torch.equal(x, losses[name]) for name, x in found.items())
+    after = common.read_tensors(tmp_path / "run" / "step_1" / "model.safetensors")
+    assert all(torch.equal(x, after[name]) for name, x in model.state_dict().items())
+    # and made-up batches are like the loader's, and something is written
+    tok = timed.tokenizer()
+    cfg = timed.config("tiny", arm=arm, vocab_size=tok.vocab_size + 100, width=32, vision_width=32, text_width=32)
+    pairs = timed.random_batch(cfg, tok, 4, torch.Generator().manual_seed(0))
+    kinds = [{k: (x.dtype, x.ndim) for k, x in b.items() if isinstance(x, torch.Tensor)} for b in (batch, pairs)]
+    assert kinds[0] == kinds[1] and batch.keys() == pairs.keys()
+    small = vilta.ViLTA(cfg, tok)
+    rows = vilta.rows_of(pairs, tok, cfg, torch.Generator().manual_seed(2))
+    assert rows["ids"].shape == (4, 32) and rows["keep_mask"].all(), "of 50 tokens as many as the preset takes"
+    written = vilta.write_negatives(small.eval(), rows)
+    assert (written["kinds"] == vilta.WRITTEN).sum() == (arm == "cd+hn")
+
+
+def test_two_pairs_would_not_be_the_whole_method():
+    with pytest.raises(common.UserError, match="none of the pairs is a written negative.*give 4 or more"):
+        load("vilta").main("--sizes tiny --batch 2 --device cpu".split())
+
+
+@pytest.mark.parametrize("points, level, value", [
+    ([(0.2, 0.1), (0.4, 0.3)], 0.25, 0.15),  # a quarter of the way
+    ([(0.2, 0.1), (0.4, 0.3)], 0.4, 0.3),  # at its end
+    ([(0.2, 0.1), (0.6, 0.3), (0.3, 0.5), (0.7, 0.9)], 0.5, 0.7),  # the last time: half of the way from 0.3 to 0.7
+    ([(0.2, 0.1), (0.6, 0.3), (0.5, 0.7)], 0.55, 0.5),  # downwards too
+    ([(0.2, 0.1), (0.2, 0.4)], 0.2, 0.4),  # equal: the later
+    ([(0.2, 0.1), (0.49, 0.3)], 0.5, 0.3),  # never there, a point away
+    ([(0.2, 0.1), (0.48, 0.3)], 0.5, None),  # two points away
+    ([(0.51, 0.1), (0.6, 0.3)], 0.5, 0.1),  # above from the start, a point away
+    ([(0.52, 0.1), (0.6, 0.3)], 0.5, None),
+    ([(0.49, 0.1), (0.49, 0.2)], 0.5, 0.2),  # equally near: the later
+    ([(0.5, 0.1)], 0.5, 0.1), ([], 0.5, None),
+])  # fmt: skip
+def test_a_value_at_equal_accuracy(points, level, value):
+    found = tables.at_level(points, level, 0.01)
+    assert found is None if value is None else math.isclose(found, value)
+
+
+def test_the_share_of_steps_that_is_needed():
+    points = [(10, 0.4), (20, 0.6), (30, 0.5), (40, 0.7)]
+    assert [tables.share_needed(points, goal, 40) for goal in (0.4, 0.5, 0.6, 0.65)] == [0.25, 0.5, 0.5, 1.0]
+    assert tables.share_needed(points, 0.71, 40) is None and tables.share_needed(points, 0.7, 20) == 2.0
+
+
+def evaluations(*rows):
+    """log.jsonl of a run: between its training records (mlm_accuracy, mlm_synonyms, itm, edited) of every tenth step."""
+    names = ("mlm_accuracy", "mlm_synonyms", "itm_accuracy", "itm_accuracy_edited")
+    return [record for i, row in enumerate(rows, 1) for record in
+            ({"step": 10 * i, "mlm": 1.0, "lr": 0.1},
+             {"step": 10 * i, **{f"val_{name}": x for name, x in zip(names, row, strict=True)}})]  # fmt: skip
+
+
+BASELINE = evaluations((0.2, 0.1, 0.5, 0.5), (0.3, 0.2, 0.8, 0.5), (0.6, 0.2, 0.7, 0.5), (0.5, 0.3, 0.75, 0.55))
+FASTER = evaluations((0.4, 0.4, 0.75, 0.5), (0.6, 0.5, 0.8, 0.54), (0.7, 0.3, 0.9, 0.5), (0.8, 0.3, 0.9, 0.5))
+
+
+def test_an_arm_beside_the_baseline():
+    assert tables.curve(BASELINE, "itm_accuracy")[1:3] == [(20, 0.8), (30, 0.7)]
+    assert tables.compare_runs(FASTER, BASELINE) == ["0.450", "0.300", "0.25", "> 1.00"]
+    assert tables.compare_runs(BASELINE, BASELINE) == ["0.300", "0.300", "0.50", "1.00"]
+    assert tables.compare_runs(evaluations((0.1, 0.1, 0.1, 0.6)), BASELINE) == ["-", "0.300", "> 1.00", "0.25"]
+
+
+def test_the_plan_of_vilta_and_its_first_look(tmp_path, monkeypatch):
+    """Below the first table alone, seed by seed; a dash where the run or the baseline of its seed is not finished."""
+    runs = tables.planned("vilta", tmp_path, 1.0)
+    assert len(runs) == 8 and not any(run.start for run in runs.values())
+    assert runs["pretrain-cd+hn-1"].words == ("--task", "pretrain", "--steps", "650", "--seed", "1", "--arm", "cd+hn",
+                                              "--eval-every", "65", "--val-items", "500")  # fmt: skip
+    for name, log in (("baseline-0", BASELINE), ("cd-0", FASTER), ("cd-1", FASTER), ("hn-0", FASTER)):
+        (tmp_path / f"pretrain-{name}").mkdir()
+        (tmp_path / f"pretrain-{name}" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step"')
+    done = ("pretrain-baseline-0", "pretrain-cd-0", "pretrain-cd-1")
+    monkeypatch.setattr(tables.Planned, "state", lambda run: "done" if run.name in done else "stopped")
+    (table,) = tables.PLANS["vilta"]
+    lines = tables.first_look(table, runs)
+    assert lines[0].startswith("A first look, no test") and lines[2].count("|") == lines[3].count("|") == 6
+    assert lines[4:] == [
+        "| baseline | 0.300 / - | 0.300 / - | 0.50 / - | 1.00 / - |",
+        "| cd | 0.450 / - | 0.300 / - | 0.25 / - | > 1.00 / - |",
+        "| hn | - / - | - / - | - / - | - / - |", "| cd+hn | - / - | - / - | - / - | - / - |", ""]  # fmt: skip
+    metrics = {"splits": {"test": {"metrics": {"itm_accuracy": 0.5}, "controls": {}}}, "params": 3, "seconds": 60,
+               "device": "cpu", "versions": {"torch": "2"}, "protocol": {"dtype": "float32", "best_by": "itm_accuracy"}}
+    monkeypatch.setattr(tables.Planned, "metrics", lambda run: metrics if run.name in done else None)
+    said = tables.report("vilta", runs, tmp_path, 1.0).splitlines()
+    assert said[-len(lines):] == lines and said[0] == "### vilta, pretrain"  # fmt: skip
+    assert "| cd | 0.500 / 0.500 | - / - | - / - |" in "\n".join(said)
+    monkeypatch.setattr(tables, "LOOKS", {})
+    assert tables.report("vilta", runs, tmp_path, 1.0).splitlines() == said[: -len(lines)]

@@ -161,3 +161,123 @@ def test_answers_of_a_run_of_official_weights_and_of_a_corpus(tmp_path):
     assert weights.known_answers(corpus, None, file, True) == ("b", "a")
     assert weights.known_answers(corpus, None, file, False) == ("yes", "no"), "these weights have no answer head"
     assert weights.known_answers(corpus, tmp_path / "step_3", "none", False) == ("b", "a")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and spellings
+
+
+def test_sizes_are_read_from_shapes_and_numbers_of_layers():
+    state = {"words": torch.zeros(7, 3), "a.layer.0.w": torch.zeros(5, 3), "a.layer.10.w": torch.zeros(5, 3),
+             "a.layer.10.b": torch.zeros(5), "b.layer.0.w": torch.zeros(1)}  # fmt: skip
+    shapes = {"vocab_size": ("words", 0), "width": ("words", 1), "patch": ("not there", 2)}
+    found = weights.sizes_of(state, shapes, {"layers": "a.layer.", "others": "c.layer."})
+    assert found == {"vocab_size": 7, "width": 3, "layers": 2}, "what tells nothing is not among them"
+
+
+def test_positions_of_pictures_of_another_size():
+    """Bicubic, worked out by hand; [CLS] keeps its row, the same size changes nothing, rows of the picture stay rows."""
+    rows, columns = torch.tensor([3.0, 1, 4, 1]), torch.tensor([5.0, 9, 2, 6])
+    table = torch.stack([rows[:, None].expand(4, 4), columns.expand(4, 4)], dim=2).reshape(16, 2)
+    table = torch.cat([torch.tensor([[7.0, -7.0]]), table])
+    assert weights.resize_positions(table, 4) is table
+    large = weights.resize_positions(table, 8)
+    assert large.shape == (65, 2) and torch.equal(large[0], table[0])
+    grid = large[1:].view(8, 8, 2)
+    assert torch.allclose(grid[:, :1, 0], grid[:, :, 0]) and torch.allclose(grid[:1, :, 1], grid[:, :, 1])
+    # the middle of cell 3 of 8 is that of place 3.5 / 2 - 0.5 = 1.25 of 4; Keys' kernel with a = -0.75
+    near = [-0.75 * (d**3 - 5 * d**2 + 8 * d - 4) if d > 1 else 1.25 * d**3 - 2.25 * d**2 + 1
+            for d in (1.25, 0.25, 0.75, 1.75)]  # fmt: skip
+    torch.testing.assert_close(grid[3, 0, 0].item(), sum(w * x for w, x in zip(near, (3, 1, 4, 1), strict=True)))
+    torch.testing.assert_close(grid[0, 3, 1].item(), sum(w * x for w, x in zip(near, (5, 9, 2, 6), strict=True)))
+    half = weights.resize_positions(table.bfloat16(), 2)
+    assert half.dtype == torch.bfloat16 and half.shape == (5, 2)
+
+
+def test_attention_is_parted():
+    both, bias = torch.arange(12.0).view(6, 2), torch.arange(6.0)
+    rest = {"a.out_proj.weight": bias, "in_proj": bias}
+    found = weights.parted({"a.in_proj_weight": both, "a.in_proj_bias": bias, **rest})
+    assert list(found) == [*(f"a.{q}_proj.{part}" for part in ("weight", "bias") for q in "qkv"), *rest]
+    for i, q in enumerate("qkv"):
+        assert torch.equal(found[f"a.{q}_proj.weight"], both[2 * i : 2 * i + 2])
+        assert torch.equal(found[f"a.{q}_proj.bias"], bias[2 * i : 2 * i + 2])
+
+
+OPENAI = [  # transformers' name, OpenAI's; in the middle of a name, layer by layer
+    ("embeddings.class_embedding", "class_embedding"), ("embeddings.patch_embedding.weight", "conv1.weight"),
+    ("embeddings.position_embedding.weight", "positional_embedding"), ("pre_layrnorm.", "ln_pre."),
+    ("post_layernorm.", "ln_post."), ("encoder.layers.", "transformer.resblocks."), (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."), (".self_attn.out_proj.", ".attn.out_proj."), (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+]  # fmt: skip
+
+
+def openais(tower: dict) -> dict:
+    """transformers' vision tower as OpenAI's file has it, beside what is left of its text tower."""
+    state = {}
+    for key, x in tower.items():
+        if ".self_attn." in key and "out_proj" not in key:
+            continue
+        for theirs, name in OPENAI:
+            key = key.replace(theirs, name)
+        state[f"visual.{key}"] = x
+    for i in (0, 1):
+        for part in ("weight", "bias"):
+            rows = [tower[f"encoder.layers.{i}.self_attn.{q}_proj.{part}"] for q in "qkv"]
+            state[f"visual.transformer.resblocks.{i}.attn.in_proj_{part}"] = torch.cat(rows)
+    more = "positional_embedding text_projection token_embedding.weight ln_final.weight logit_scale visual.proj " \
+           "transformer.resblocks.0.ln_1.weight transformer.resblocks.0.attn.in_proj_weight"  # fmt: skip
+    return {"input_resolution": torch.tensor(16)} | dict.fromkeys(more.split(), torch.zeros(6, 2)) | state
+
+
+def test_clips_vision_tower_in_all_its_spellings(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+
+    sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    full = CLIPModel(CLIPConfig(vision_config=dict(sizes, image_size=16, patch_size=8),
+                                text_config=dict(sizes, vocab_size=20), projection_dim=4))  # fmt: skip
+    for p in full.parameters():
+        torch.nn.init.normal_(p)
+    tower = full.vision_model.state_dict()
+    openai = openais(tower)
+    wanted = {key.removeprefix("visual."): x for key, x in weights.parted(openai).items()
+              if key.startswith("visual.") and key != "visual.proj"}  # fmt: skip
+    assert {"class_embedding", "conv1.weight", "positional_embedding", "ln_pre.bias", "ln_post.weight",
+            "transformer.resblocks.1.attn.k_proj.bias", "transformer.resblocks.0.mlp.c_proj.weight"} <= set(wanted)
+    full.save_pretrained(tmp_path / "full")
+    alone = CLIPVisionModel(full.config.vision_config)
+    names = {key.removeprefix("vision_model."): key for key in alone.state_dict()}
+    alone.load_state_dict({key: tower[name] for name, key in names.items()})
+    alone.save_pretrained(tmp_path / "alone")
+    ids, read = torch.arange(5)[None], [weights.read_weights(str(tmp_path / name))[1] for name in ("full", "alone")]
+    for state in (openai, *read, tower, {f"vision_model.{key}": x for key, x in tower.items()},
+                  {**tower, "embeddings.position_ids": ids},
+                  {**full.state_dict(), "vision_model.embeddings.position_ids": ids}):  # fmt: skip
+        found = weights.clip_vision(state)
+        assert found.keys() == wanted.keys() and all(torch.equal(x, wanted[key]) for key, x in found.items())
+    with pytest.raises(UserError, match="no vision tower of CLIP's; its first keys are text_model"):
+        weights.clip_vision({"text_model.a": ids})
+
+
+def test_roberta_in_all_its_spellings(tmp_path):
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaModel
+
+    sizes = dict(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    config = RobertaConfig(**sizes, max_position_embeddings=9, type_vocab_size=1)
+    torch.manual_seed(0)
+    masked, bare = RobertaForMaskedLM(config), RobertaModel(config)
+    bare.load_state_dict(masked.roberta.state_dict(), strict=False)
+    heads = {f"lm_head.{x}" for x in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")}
+    for name, module in (("masked", masked), ("bare", bare)):
+        module.save_pretrained(tmp_path / name)
+        states = weights.read_weights(str(tmp_path / name))[1], module.state_dict()
+        more = {("roberta." * (name == "masked")) + "embeddings.position_ids": torch.arange(9)[None]}
+        for state in (*states, {**states[1], **more}):
+            found, encoder = weights.roberta(state), masked.roberta.state_dict()
+            assert {key for key in found if key.startswith("lm_head.")} == (heads if name == "masked" else set())
+            assert found.keys() - heads == encoder.keys() and "encoder.layer.1.output.LayerNorm.bias" in found
+            assert all(torch.equal(x, encoder[key]) for key, x in found.items() if key in encoder)
+            assert name == "bare" or torch.equal(found["lm_head.bias"], masked.lm_head.bias)
+    assert "pooler.dense.weight" in bare.state_dict() and "lm_head.decoder.weight" in masked.state_dict()

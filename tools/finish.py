@@ -46,6 +46,16 @@ def carry_out(name: str, title: str, cfg, checkpoint, model, corpus, machine, st
         tell(columns, run, task, started, f"{name}.py")
 
 
+def record(name: str, cfg, asked, checkpoint, folder, started: float, splits: dict, **protocol) -> None:
+    """metrics.json of an evaluation: `asked` is the tools.exam.Exam that made it, protocol what is to be known beside
+    the paper's own settings."""
+    if asked.machine.is_main:
+        protocol = {**common.own_settings(cfg), **protocol, "notes": asked.corpus.notes,
+                    "checkpoint": common.how_chosen(checkpoint), "best_by": asked.best_by}  # fmt: skip
+        seconds = time.perf_counter() - started
+        common.write_metrics(folder, name, cfg, asked.machine, asked.model, seconds, protocol, splits)
+
+
 def tell(columns: dict, run: common.Run, task: str, started: float, program: str) -> None:
     """The table, a sentence about what it shows, the files, and the command that may follow."""
     print(f"\n{common.table(columns)}\n")
