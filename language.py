@@ -345,7 +345,7 @@ def is_word(text: str) -> bool:
 def stem(word: str) -> str:
     """"box" for "boxes", "Box" and "boxing", "run" for "running": not for reading, for comparing."""
     word = word.lower()
-    ending = next((e for e in ("ing", "ed", "es", "s") if word.endswith(e) and len(word) - len(e) >= 3), "")
-    word = word if word.endswith("ss") else word.removesuffix(ending)
+    ending = next((e for e in ("ing", "ed", "s") if word.endswith(e) and len(word) - len(e) >= 3), "")
+    word = word.removesuffix(ending)
     word = word.removesuffix("e") if len(word) > 3 else word
     return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word

@@ -484,7 +484,7 @@ class SOHO(nn.Module, ask.Verbs):
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> tuple:
         """Texts as written -> embedded words [M, T, D] and their keep mask [M, T], made once."""
-        batch = self.tokens(texts)
+        batch = self.tokenized(texts)
         return self.text(batch["ids"]), batch["keep_mask"]
 
     @torch.no_grad()

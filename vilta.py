@@ -126,10 +126,10 @@ PRESETS = {
     # HERE[vilta-12] (not in the paper): tiny learns the small world from nothing in three minutes on 2 cores
     "tiny": dict(
         image_size=64, patch=16, stem="conv", vision_width=128, vision_layers=0, vision_heads=4, vision_mlp=256,
-        text_width=128, text_layers=2, text_heads=4, text_mlp=256, positions=64, width=128, layers=2, heads=4, mlp=256,
-        dropout=0.0, init_std=0.08, vocab_size=1000, word_mask=0.3, gen_ban=1, gen_topk=20, batch=160,
-        captions_per_image=5, steps=900, start_steps=250, lr=2e-3, fusion_mult=1.0, head_mult=1.0, max_len=30,
-        gallery=200),
+        text_width=128, text_layers=1, text_heads=4, text_mlp=256, positions=64, width=128, layers=2, heads=4, mlp=256,
+        dropout=0.0, init_std=0.08, vocab_size=1000, word_mask=0.4, gen_ban=1, gen_topk=20, batch=160,
+        captions_per_image=5, steps=640, start_steps=400, eval_every=320, lr=2e-3, fusion_mult=1.0, head_mult=1.0,
+        max_len=30, gallery=100),
     # HERE[vilta-12] (not in the paper): small learns from a few thousand photographs, from nothing
     "small": dict(
         image_size=160, patch=16, stem="conv", vision_width=192, vision_layers=2, vision_heads=6, text_width=192,
@@ -148,7 +148,7 @@ RECIPES = {
     ("retrieval", "base"): {**FINE, "image_size": 384, "batch": 512, "lr": 5e-6, "max_len": 38},
 }  # fmt: skip
 for _task in ("vqa", "retrieval", "nlvr2", "ve"):  # HERE[vilta-12] (not in the paper): a minute each after pre-training
-    RECIPES[_task, "tiny"] = dict(steps=300, lr=5e-4, batch=64, captions_per_image=1, negatives=3)
+    RECIPES[_task, "tiny"] = dict(steps=300, eval_every=0, lr=5e-4, batch=64, captions_per_image=1, negatives=3)
     RECIPES[_task, "small"] = dict(lr=2e-4, captions_per_image=1, negatives=3)
 
 TASKS, QUESTION_TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "ve"), ("vqa", "nlvr2", "ve")
@@ -243,9 +243,11 @@ class Vision(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         D, self.grid = cfg.vision_width, cfg.image_size // cfg.patch
-        self.class_embedding = nn.Parameter(torch.zeros(D))
-        self.positional_embedding = nn.Parameter(torch.zeros(1 + self.grid**2, D))
-        is_conv = cfg.stem == "conv"
+        places, is_conv = torch.randn(1 + self.grid**2, D) * cfg.init_std, cfg.stem == "conv"
+        if is_conv:
+            places[1:] = weights.sine_table(self.grid, D)
+        self.positional_embedding = nn.Parameter(places)
+        self.class_embedding = nn.Parameter(torch.randn(D) * cfg.init_std)
         self.patches = ConvStem(cfg.patch, D) if is_conv else nn.Conv2d(3, D, cfg.patch, cfg.patch, bias=False)
         self.pre_norm, self.post_norm = nn.LayerNorm(D), nn.LayerNorm(D)
         self.blocks = nn.ModuleList(VisionBlock(D, cfg.vision_heads, cfg.vision_mlp) for _ in range(cfg.vision_layers))
@@ -365,9 +367,10 @@ class ViLTA(nn.Module, ask.Verbs):
             self.answer_head = answer_head(2 * D * (2 if cfg.task == "nlvr2" else 1), 2 * D, n or 1)
         if cfg.task == "pretrain" and cfg.start_steps:
             self.word_head = nn.Linear(cfg.vision_width, cfg.vocab_size)
+        self.init_weights(self)
         if cfg.task == "pretrain" and (cfg.start_steps or writes(cfg) or learns_softly(cfg)):
             self.lm_head = WordHead(cfg.text_width, cfg.vocab_size, TEXT_EPS, own_words=False)  # RoBERTa's
-        self.init_weights()
+            self.init_weights(self.lm_head)  # last, so that the others start alike in all arms
         if cfg.task == "pretrain" and (learns_softly(cfg) or writes(cfg) and cfg.gen_encoder == "frozen"):
             self.teacher = Teacher(self.text, self.lm_head)
         if tokenizer is not None and cfg.task == "pretrain":
@@ -375,19 +378,15 @@ class ViLTA(nn.Module, ask.Verbs):
                 self.register_buffer(f"words_{name}", table, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, part):
         """OFFICIAL: N(0, init_std) for linear layers and embeddings, biases 0, norms 1 and 0."""
-        for module in self.modules():
+        for module in part.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.cfg.init_std)
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)  # PyTorch's default would shrink the picture to a whisper
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.vision.class_embedding, std=self.cfg.init_std)
-        nn.init.normal_(self.vision.positional_embedding, std=self.cfg.init_std)
-        if self.cfg.stem == "conv":
-            self.vision.positional_embedding[1:] = weights.sine_table(self.vision.grid, self.cfg.vision_width)
 
     # The three encoders
 
@@ -482,7 +481,7 @@ class ViLTA(nn.Module, ask.Verbs):
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> tuple:
         """Texts as written -> the text stream [M, T, D] and its keep mask [M, T], made once."""
-        batch = self.tokens(texts)
+        batch = self.tokenized(texts)
         return self.read(self.text(batch["ids"], batch["keep_mask"])), batch["keep_mask"]
 
     @torch.no_grad()
@@ -566,7 +565,7 @@ def corrupt(batch: dict, tok: language.Tokenizer, cfg: Config, luck: torch.Gener
                    "unmasked": ids}[cfg.teacher_input]  # fmt: skip
     # exactly so many of each kind. PAPER: rewritten captions; OFFICIAL: half of the pairs are mismatched at random
     n = round(cfg.mismatched * R)
-    n_written = round(cfg.syn_ratio * n) if writes(cfg) else 0
+    n_written = int(cfg.syn_ratio * n + 0.5) if writes(cfg) else 0
     rank = torch.randperm(R, generator=luck)
     kinds = torch.where(rank >= n, MATCHING, torch.where(rank < n_written, WRITTEN, OTHER))
     others, may_be = other_captions(data.picture_numbers(batch, R // B), luck)
@@ -627,7 +626,7 @@ def write(model: ViLTA, ids, keep_mask, order, lots) -> dict:
     text.train(was_training)
     old, place = ids[where], where.nonzero()  # [P], [P, 2]
     may_be = torch.where((place[:, 1] == 1)[:, None], tables["first"], tables["later"])  # [P, V], whole words
-    may_be = may_be & (tables["stem"] != tables["stem"][old][:, None])
+    may_be = may_be & ~tables["stop"] & (tables["stem"] != tables["stem"][old][:, None])
     if cfg.gen_ban:
         may_be = may_be.scatter(1, plain.topk(cfg.gen_ban).indices, False)
     best = logits.masked_fill(~may_be, -math.inf).topk(min(cfg.gen_topk, logits.size(1)))
@@ -905,7 +904,8 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> ViLTA:
     tokenizer = weights.choose_tokenizer(cfg, theirs, checkpoint, corpus, "roberta", "vocab_size" in sizes)
     if tokenizer.mask is None:
         raise UserError("this tokenizer has no mask token, which pre-training shows: take RoBERTa's")
-    if cfg.task == "pretrain" and found and cfg.arm != "baseline" and "lm_head.bias" not in found.get("RoBERTa", {}):
+    needs_head = cfg.task == "pretrain" and (writes(cfg) or learns_softly(cfg))
+    if found and needs_head and "lm_head.bias" not in found.get("RoBERTa", {}):
         raise UserError("teacher and writer need RoBERTa with its word head (RobertaForMaskedLM): add --roberta "
                         "roberta-base or a directory, or train without the two (--arm baseline)")  # fmt: skip
     has_answers = "vqa_classifier.3.bias" in found.get("METER", {}) and cfg.task == "vqa"

@@ -67,7 +67,7 @@ SOHO_STARTS = (
     Row("after dictionary and MVM", start="dictionary and MVM"),
     Row("after no dictionary", start="no dictionary"),
 )
-OFTEN = "--eval-every 65 --val-items 500"
+OFTEN = "--eval-every 40 --val-items 250"  # points of the curves that the first look reads
 PLANS = {
     "tden": (
         Table("pretrain", 600, "true@1 R@1 caption_true CIDEr_D", (
@@ -105,7 +105,7 @@ PLANS = {
                                          Row("after full world", "--world full", start="full world"))),
     ),
     "vilta": (
-        Table("pretrain", 650, "itm_accuracy itm_accuracy_edited mlm_accuracy mlm_synonyms true@1", (
+        Table("pretrain", 640, "itm_accuracy itm_accuracy_edited mlm_accuracy mlm_synonyms true@1", (
             Row("baseline", f"--arm baseline {OFTEN}"),
             Row("cd", f"--arm cd {OFTEN}"),
             Row("hn", f"--arm hn {OFTEN}"),

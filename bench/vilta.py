@@ -94,7 +94,7 @@ def bench_step(size: str, options) -> None:
         n_written = int((vilta.write_negatives(model.eval(), rows["step, cd+hn"])["kinds"] == vilta.WRITTEN).sum())
     if not n_written:
         raise common.UserError(f"--batch {options.batch}: none of the pairs is a written negative, so half of the "
-                               "method would not be timed; give 4 or more")  # fmt: skip
+                               "method would not be timed; give 2 or more")  # fmt: skip
     own = sum(p.numel() for name in ("teacher", "lm_head") for p in getattr(model, name).parameters())
     print(f"\n{size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {own / 1e6:.1f} M of them "
           f"the method's; {options.batch} pairs, {n_written} of them written, pictures of {cfg.image_size}, "
@@ -107,7 +107,7 @@ def bench_step(size: str, options) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["base"], choices=vilta.PRESETS, help="presets of vilta.py")
-    parser.add_argument("--batch", type=int, default=4, help="pairs of a step, 4 or more, or none is written [4]")
+    parser.add_argument("--batch", type=int, default=2, help="pairs of a step [2]")
     parser.add_argument("--repeats", type=int, default=5, help="runs whose median counts [5]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

@@ -21,8 +21,9 @@ import vilta
 import weights
 
 TOLERANCE = 1e-5  # of the reference, float32: states, logits, losses
-STATES = ("text_feats", "text_feats", "image_feats", "image_feats_2")  # inputs: text, the same with words hidden,
-WHOLE = ("input_ids", "input_ids_mlm", "pixel_values", "pixel_values_2")  # picture, second picture
+# Inputs: a text, the same with words hidden, a picture, a second picture; as the fusion takes them, and as they are
+STATES = ("text_feats", "text_feats", "image_feats", "image_feats_2")
+WHOLE = ("input_ids", "input_ids_mlm", "pixel_values", "pixel_values_2")
 
 
 def ledger(path, exempt=()):
@@ -289,7 +290,7 @@ def whole_tower(gold):
     """CLIP's tower under OpenAI's names, with the last block, which METER leaves out and the file does not hold."""
     tower, last = gold.weights("weights/clip/"), gold.config["clip_blocks_used"]
     block = {name: x for name, x in tower.items() if ".resblocks.0." in name}
-    return tower | {name.replace("resblocks.0.", f"resblocks.{last}."): torch.ones_like(x) for name, x in block.items()}
+    return tower | {name.replace("resblocks.0.", f"resblocks.{last}."): x.clone() for name, x in block.items()}
 
 
 def in_transformers_words(tower, prefix):
@@ -350,8 +351,10 @@ def check_names(state, size, tower):
     inner = len(tower["visual.transformer.resblocks.0.mlp.c_fc.bias"])
     with torch.device("meta"):
         theirs = CLIPVisionModel(CLIPVisionConfig(**size, intermediate_size=inner)).state_dict()
-    bare = lambda some: {name.removeprefix("vision_model."): x.shape for name, x in some.items()}  # noqa: E731
-    assert bare(state) == {name: x for name, x in bare(theirs).items() if name != "embeddings.position_ids"}
+    theirs.pop("embeddings.position_ids", None)
+    ours, theirs = ({name.removeprefix("vision_model."): x.shape for name, x in some.items()}
+                    for some in (state, theirs))  # fmt: skip
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("spelling", ["file", "tied", "no head", "bare"])
@@ -371,11 +374,13 @@ def test_spellings_of_roberta(golden, tmp_path, monkeypatch, spelling):
         state = {name.removeprefix("roberta."): x for name, x in state.items()}
     size = {"num_attention_heads": golden.config["text_heads"]}
     folder = write_folder(tmp_path / "roberta", size, state)
+    bare = {name.removeprefix("roberta.") for name in golden.names("weights/roberta/")}
+    assert weights.roberta(state).keys() == {x for x in bare if x in state or f"roberta.{x}" in state}
     ids, keep = golden.tensor("inputs/input_ids"), real(golden)
     model = build_from(golden, monkeypatch, roberta=folder)
     golden.check("outputs/roberta_last_hidden_unmasked", model.text(ids, keep), keep)
     model = vilta.ViLTA(vilta.Config(**vars(model.cfg) | {"task": "pretrain", "arm": "cd"})).eval()
-    fresh = model.lm_head.bias.clone()
+    fresh = model.lm_head.dense.weight.clone()
     state = {key if key.startswith("lm_head.") else f"text_transformer.{key}": x
              for key, x in weights.roberta(state).items()}  # fmt: skip
     told = vilta.load_official(model, state, "RoBERTa")
@@ -387,7 +392,7 @@ def test_spellings_of_roberta(golden, tmp_path, monkeypatch, spelling):
                        model.teacher(ids, keep, torch.ones_like(keep)).view(*ids.shape, -1)):  # fmt: skip
             golden.check("outputs/roberta_mlm_logits", logits, keep)
     else:
-        assert torch.equal(model.lm_head.bias, fresh)
+        assert torch.equal(model.lm_head.dense.weight, fresh)
 
 
 def build_from(gold, monkeypatch, **sources):

@@ -19,6 +19,7 @@ import data
 import language
 import vilta
 from common import UserError
+from tools import finish
 from vilta import MATCHING, NOTHING, OTHER, WRITTEN
 
 D, S = 16, 16  # width of the fusion, side of the pictures
@@ -41,9 +42,10 @@ def one_thread():
 
 def tiny(task="pretrain", **changes):
     settings = dict(
-        task=task, image_size=S, patch=8, vision_width=20, vision_layers=1, vision_heads=2, vision_mlp=24, text_width=24,
-        text_layers=1, text_heads=2, text_mlp=32, positions=64, vocab_size=V, width=D, layers=2, heads=2, mlp=24,
-        dropout=0.0, init_std=0.3, max_len=30, word_mask=0.3, gen_ban=2, gen_topk=10, negatives=3, lr=0.01, steps=10,
+        task=task, image_size=S, patch=8, vision_width=20, vision_layers=1, vision_heads=2, vision_mlp=24,
+        text_width=24, text_layers=1, text_heads=2, text_mlp=32, positions=64, vocab_size=V, width=D, layers=2, heads=2,
+        mlp=24, dropout=0.0, init_std=0.3, max_len=30, word_mask=0.3, gen_ban=2, gen_topk=10, negatives=3, lr=0.01,
+        steps=10,
     )  # fmt: skip
     return vilta.Config(**{**settings, **changes})
 
@@ -69,7 +71,7 @@ def loaded(task="pretrain", B=4, k=2, seed=1):
     batch = {"image_id": [f"p{i}" for i in chosen], "bad": [], "pixels": pixels if n == 2 else pixels[:, 0]}
     if task in vilta.QUESTION_TASKS:
         batch |= data.pad_texts([[TOK.encode(SAYS[i][0])] for i in chosen], TOK.bos, TOK.eos, TOK.pad)
-        soft = torch.zeros(B, 7).index_put((torch.arange(B), torch.arange(B)), torch.tensor(0.9))
+        soft = torch.zeros(B, 7).index_put((torch.arange(B), torch.arange(B) % 7), torch.tensor(0.9))
         return batch | ({"targets": soft} if task == "vqa" else {"labels": torch.arange(B) % 2})
     texts = [TOK.encode(text) for i in chosen for text in SAYS[i][: k if task == "pretrain" else 1]]
     return batch | data.pad_captions(texts, TOK.bos, TOK.eos, TOK.pad)
@@ -108,9 +110,8 @@ def test_losses_by_hand():
     assert vilta.loss_rank(logits).item() == pytest.approx(-log_softmax(logits)[:, 0].mean(), abs=1e-6)
     p, q = 1 / (1 + np.exp(-logits.double().numpy())), logits.sigmoid().round(decimals=1)
     by_hand = -(q.numpy() * np.log(p) + (1 - q.numpy()) * np.log(1 - p)).sum() / 3
-    for loss in (vilta.loss_words, vilta.loss_answers):
-        assert loss(logits, q).item() == pytest.approx(by_hand, abs=1e-5)
-        assert loss(logits.bfloat16(), q).dtype == torch.float32
+    assert vilta.loss_answers(logits, q).item() == pytest.approx(by_hand, abs=1e-5)
+    assert vilta.loss_answers(logits.bfloat16(), q).dtype == torch.float32
     for loss in (vilta.loss_mlm, vilta.loss_itm):
         assert loss(logits.bfloat16(), labels).dtype == torch.float32
 
@@ -159,7 +160,8 @@ def test_losses_of_a_pretraining_step():
     mlm = (-0.7 * log_p[each, labels] - 0.3 * (q * log_p).sum(1)).mean()
     gen = -log_softmax(out["gen"])[each, labels].mean()
     itm = -np.mean([log_softmax(out["itm"])[r, int(kind == 0)] for r, kind in enumerate(rows["kinds"].tolist())])
-    assert {name: x.item() for name, x in found.items()} == pytest.approx({"mlm": mlm, "itm": itm, "gen": gen}, rel=1e-4)
+    wanted = {"mlm": mlm, "itm": itm, "gen": gen}
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(wanted, rel=1e-4)
     assert len(rows["kinds"].unique()) == 3 and len(labels) > 9
 
 
@@ -171,7 +173,7 @@ def test_losses_of_other_tasks(task):
     out, found = model(rows), vilta.losses(model.cfg, model(rows), rows)
     assert list(found) == TASKS[task]
     if task == "retrieval":
-        assert found["rank"] == vilta.loss_rank(out["logits"]) and out["logits"].shape == (6, 4)
+        assert found["rank"] == vilta.loss_rank(out["ranks"]) and out["ranks"].shape == (6, 4)
         assert found["itm"] == vilta.loss_itm(out["itm"], (rows["kinds"] == MATCHING).long())
     elif task == "vqa":
         assert found["vqa"] == vilta.loss_answers(out["logits"], rows["targets"])
@@ -215,7 +217,7 @@ def test_an_arm_that_is_turned_off_is_the_baseline_bit_for_bit(off, start_steps)
 
 @torch.no_grad()
 def test_the_arms_differ_in_the_written_pairs_alone():
-    """Data, order, kinds up to WRITTEN, and dropout: the same luck gives the same logits wherever the input is equal."""
+    """Data, order, kinds up to WRITTEN, and dropout: the same luck gives the same logits where the input is equal."""
     found, weights = {}, network(arm="cd+hn").state_dict()
     for arm in ARMS:
         model = network(arm=arm, dropout=0.3).train()
@@ -238,12 +240,12 @@ def test_the_arms_differ_in_the_written_pairs_alone():
         assert not torch.isclose(mine_out["itm"], out["itm"]).all(1)[is_written].any()
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_the_arms_start_from_the_same_weights(arm):
+@pytest.mark.parametrize("start_steps", [2, 0])
+@pytest.mark.parametrize("arm", ARMS[1:])
+def test_the_arms_start_from_the_same_weights(arm, start_steps):
     """Paired by seed: what an arm has beside the others must not move the first weights of what all have."""
-    for start_steps in (0, 2):
-        first, mine = (network(arm=x, start_steps=start_steps).state_dict() for x in ("baseline", arm))
-        assert all(torch.equal(x, mine[name]) for name, x in first.items())
+    first, mine = (network(arm=x, start_steps=start_steps).state_dict() for x in ("baseline", arm))
+    assert all(torch.equal(x, mine[name]) for name, x in first.items())
 
 
 def test_the_teacher_is_frozen():
@@ -264,7 +266,8 @@ def test_the_teacher_is_frozen():
     assert not model.train()(vilta.write_negatives(model, rows))["teacher"].requires_grad
 
 
-@pytest.mark.parametrize("gen_head, learns", [("probe", {"lm_head"}), ("joint", {"lm_head", "text"}), ("static", set())])
+@pytest.mark.parametrize("gen_head, learns", [("probe", {"lm_head"}), ("joint", {"lm_head", "text"}),
+                                              ("static", set())])  # fmt: skip
 def test_what_the_writers_loss_teaches(gen_head, learns):
     """probe: its head alone, neither the encoder nor the word vectors; joint: both; static: there is no such loss."""
     model = network(arm="hn", gen_head=gen_head).train()
@@ -286,7 +289,6 @@ def test_the_writer_reads_what_the_student_reads():
     where = rows["mlm_labels"] != NOTHING
     states = model.text(rows["ids"], rows["keep_mask"])[where]
     torch.testing.assert_close(model(rows)["gen"], model.lm_head(states, model.text.word.weight))
-    assert torch.equal(model.fill({}, rows["ids"], rows["keep_mask"], where, sees=False), model(rows)["gen"])
     full = model.fill({"pixels": rows["pixels"].repeat_interleave(2, 0)}, rows["ids"], rows["keep_mask"], where)
     torch.testing.assert_close(full, model(rows)["mlm"])
 
@@ -321,7 +323,7 @@ def by_hand(model, ids, keep, order, lots, text, head):
         ends = following == TOK.eos or named[following].startswith("Ġ")
         if is_word(ids[t], t) and ends and named[int(ids[t])].removeprefix("Ġ") not in language.STOP_WORDS:
             places.append(t)
-    n = max(1, round(cfg.rewrite * length))
+    n = max(1, round(cfg.rewrite * (length - 2)))
     places = sorted(places, key=lambda t: order[t])[:n]
     masked, found, p = ids[:length].clone(), ids.clone(), []
     masked[places] = TOK.mask
@@ -330,8 +332,9 @@ def by_hand(model, ids, keep, order, lots, text, head):
     for t in places:
         banned = set(plain[t].topk(cfg.gen_ban).indices.tolist())
         old = language.stem(named[int(ids[t])].removeprefix("Ġ"))
-        left = [v for v in hidden[t].argsort(descending=True).tolist()
-                if is_word(v, t) and v not in banned and language.stem(named[v].removeprefix("Ġ")) != old]  # fmt: skip
+        left = [v for v in hidden[t].argsort(descending=True).tolist() if is_word(v, t) and v not in banned
+                and named[v].removeprefix("Ġ") not in language.STOP_WORDS
+                and language.stem(named[v].removeprefix("Ġ")) != old]  # fmt: skip
         left = left[: cfg.gen_topk]
         if left:
             share = np.exp(log_softmax(hidden[t][left])).cumsum()
@@ -340,11 +343,13 @@ def by_hand(model, ids, keep, order, lots, text, head):
     return found, places, np.mean(p) if p else 0.0
 
 
-TEXTS = [text for texts in SAYS[:12] for text in texts[:2]]
+TEXTS = [text for texts in SAYS[:10] for text in texts[:2]]
+TEXTS += ["left of a red circle there is a purple star", "two boxes", "left of it there is a", "one star is at the top"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"rewrite": 0.5, "gen_ban": 20, "gen_topk": 3}, {"rewrite": 0.0, "gen_topk": 9999},
-                                     {"gen_ban": 0, "gen_topk": 1}, {"gen_encoder": "frozen", "rewrite": 0.3},
+@pytest.mark.parametrize("changes", [{}, {"rewrite": 0.5, "gen_ban": 20, "gen_topk": 3},
+                                     {"rewrite": 0.0, "gen_topk": 9999}, {"gen_ban": 0, "gen_topk": 1},
+                                     {"gen_encoder": "frozen", "rewrite": 0.3},
                                      {"gen_ban": V - 20, "rewrite": 0.4}])  # fmt: skip
 def test_written_captions_by_hand(changes):
     """Each caption alone, without padding, in plain loops: places, bans, the draw, the probability."""
@@ -375,13 +380,13 @@ def test_what_is_written_keeps_the_rest():
         lots = (torch.rand(ids.shape, generator=luck(seed + i)) for i in (0, 99))
         found = model.write(ids, keep, *lots)
         changed = found["ids"] != ids
-        n = (0.3 * keep.sum(1)).round().clamp(min=1)
+        n = (0.3 * (keep.sum(1) - 2)).round().clamp(min=1)
         assert found["is_written"].all() and (changed.sum(1) >= 1).all() and (changed.sum(1) <= n).all()
         assert not (changed & ~model.content_words(ids, keep)).any() and not changed[~keep].any()
         for r, t in changed.nonzero().tolist():
             old, new = named[int(ids[r, t])], named[int(found["ids"][r, t])]
             assert (new[0] == "Ġ") == (old[0] == "Ġ") == (t > 1), "the first word has no blank before it"
-            assert language.is_word(new.removeprefix("Ġ"))
+            assert language.is_word(new.removeprefix("Ġ")) and new.removeprefix("Ġ") not in language.STOP_WORDS
             assert language.stem(new.removeprefix("Ġ")) != language.stem(old.removeprefix("Ġ"))
         told |= {tuple(row) for row in found["ids"].tolist()}
     assert len(told) > 4 * len(ids), "other luck writes other words"
@@ -392,7 +397,7 @@ def test_what_is_written_keeps_the_rest():
     [
         ("left of a red circle there is a purple star", "left red circle purple star"),
         ("green star", "star"),  # "green" in two pieces where no blank is before it
-        ("a starryx thing and a red-blue box", "thing blue box"),  # a piece or a hyphen follows the first two
+        ("a starryx thing and a red-blue box", "thing box"),  # a piece or a hyphen follows the first two
         ("a zebra sees the circle!", ""),
         ("there is a the of it", ""),
         ("two boxes , 7 stars", "two"),
@@ -418,7 +423,7 @@ def test_words_are_drawn_in_proportion():
     lots = ((torch.arange(N) + 0.5) / N)[:, None].expand(-1, ids.size(1))
     found = model.write(ids.expand(N, -1), keep.expand(N, -1), order.expand(N, -1), lots)["ids"]
     places = (found != ids).any(0).nonzero()[:, 0].tolist()
-    assert len(places) == 2  # of 12 tokens, <s> and </s> counted: 0.15 * 12 = 1.8
+    assert len(places) == 2  # 0.15 of 10
     with torch.no_grad():
         masked = ids.clone()
         masked[0, places] = TOK.mask
@@ -463,7 +468,7 @@ def test_written_pairs_and_those_that_cannot_be():
     """WRITTEN rows become their captions rewritten; of one without content words the pair becomes OTHER, with the other
     caption and its padding; no other row changes, and what was handed in stays."""
     model = network(arm="hn")
-    ids, keep = captions("a red circle", "there is a the of it", "there is a", "a purple star is on the left", "the box")
+    ids, keep = captions("a red circle", "there is a the of it", "there is a", "a purple star is on top", "the box")
     others, other_keep = captions(*TEXTS[:5])
     T = max(ids.size(1), others.size(1))
 
@@ -509,7 +514,7 @@ def test_exact_numbers_of_each_kind(arm, mismatched, ratio):
 
 
 def test_captions_of_others():
-    """OTHER rows have a caption, whole, of a picture with another id; all others their own; all others can be chosen."""
+    """OTHER rows have a whole caption of a picture with another id, whichever; the rest have their own."""
     cfg, sources = tiny(), set()
     for seed in range(30):
         batch = loaded(B=5)
@@ -556,7 +561,8 @@ def test_hidden_words(share):
     if share == 1:
         assert (shown == TOK.mask).float().mean().item() == pytest.approx(0.8, abs=0.06)
         assert (shown == ids[hidden]).float().mean().item() == pytest.approx(0.1, abs=0.05)
-    for way, x in (("same_as_student", rows["ids"]), ("unmasked", ids), ("all_mask", ids.masked_fill(hidden, TOK.mask))):
+    masked = ids.masked_fill(hidden, TOK.mask)
+    for way, x in (("same_as_student", rows["ids"]), ("unmasked", ids), ("all_mask", masked)):
         assert torch.equal(found[way]["teacher_ids"], x) and torch.equal(found[way]["ids"], rows["ids"])
     assert torch.equal(rows["keep_mask"], keep) and torch.equal(rows["pixels"], batch["pixels"])
 
@@ -564,7 +570,7 @@ def test_hidden_words(share):
 def test_noise_exchanges_whole_captions():
     """The same caption for MLM and for ITM, with its own padding; none is lost; pictures stay."""
     batch, cfg = loaded(B=20), tiny(caption_noise=0.4, mismatched=0.0, word_mask=0.0, teacher_input="unmasked")
-    rows, (ids, keep) = vilta.corrupt(batch, TOK, cfg, luck()), data.whole_captions(batch, TOK.pad)
+    rows, ids = vilta.corrupt(batch, TOK, cfg, luck()), data.whole_captions(batch, TOK.pad)[0]
     assert torch.equal(rows["itm_ids"], rows["teacher_ids"]) and torch.equal(rows["itm_keep_mask"], rows["keep_mask"])
     assert torch.equal(rows["keep_mask"], rows["itm_ids"] != TOK.pad)
     assert sorted(rows["itm_ids"].tolist()) == sorted(ids.tolist()) and torch.equal(rows["pixels"], batch["pixels"])
@@ -581,10 +587,9 @@ def test_rows_of_the_start_phase():
     assert torch.equal(rows["ids"].where(~hidden, rows["mlm_labels"]), ids)
 
 
-@pytest.mark.parametrize("itm", [True, False])
-def test_rows_of_retrieval(itm):
+def test_rows_of_retrieval():
     """Each picture beside its caption first, then others'; half of ITM's pairs are mismatched."""
-    batch, cfg = loaded("retrieval", B=6), tiny("retrieval", retrieval_itm=itm)
+    batch, cfg = loaded("retrieval", B=6), tiny("retrieval")
     batch["image_id"][2] = batch["image_id"][0]
     rows = vilta.rows_of(batch, TOK, cfg, luck())
     ids, keep = data.whole_captions(batch, TOK.pad)
@@ -592,13 +597,11 @@ def test_rows_of_retrieval(itm):
     source = [next(s for s in range(6) if torch.equal(x, ids[s])) for x in rows["ids"]]
     assert torch.equal(rows["keep_mask"], keep[source])
     assert all(batch["image_id"][s] != batch["image_id"][r // 4] for r, s in enumerate(source) if r % 4)
-    assert ("kinds" in rows) == ("itm_ids" in rows) == itm
-    if itm:
-        assert sorted(rows["kinds"].tolist()) == [MATCHING] * 3 + [OTHER] * 3
-        for r, kind in enumerate(rows["kinds"].tolist()):
-            (source,) = [s for s in range(6) if torch.equal(rows["itm_ids"][r], ids[s])]
-            assert torch.equal(rows["itm_keep_mask"][r], keep[source])
-            assert (batch["image_id"][source] == batch["image_id"][r]) == (kind == MATCHING)
+    assert sorted(rows["kinds"].tolist()) == [MATCHING] * 3 + [OTHER] * 3
+    for r, kind in enumerate(rows["kinds"].tolist()):
+        (source,) = [s for s in range(6) if torch.equal(rows["itm_ids"][r], ids[s])]
+        assert torch.equal(rows["itm_keep_mask"][r], keep[source])
+        assert (batch["image_id"][source] == batch["image_id"][r]) == (kind == MATCHING)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,16 +610,17 @@ def test_rows_of_retrieval(itm):
 
 @torch.no_grad()
 def test_a_picture_encoded_once_is_a_picture_encoded_for_each_caption():
-    for task in ("pretrain", "retrieval"):
+    for task, name in (("pretrain", "itm"), ("retrieval", "ranks")):
         model = network(task)
         rows = rows_of(model.cfg)
         k = len(rows["ids"]) // 4
-        rows = {name: x for name, x in rows.items() if task == "pretrain" or not name.startswith("itm")}
-        before, each, turned = (model(rows | {"pixels": x}) for x in (
-            rows["pixels"], rows["pixels"].repeat_interleave(k, 0), rows["pixels"].roll(1, 0)))  # fmt: skip
-        for name in before:
-            torch.testing.assert_close(before[name].flatten(), each[name].flatten(), atol=1e-5, rtol=1e-5)
-        name = "itm" if task == "pretrain" else "logits"
+        each = rows | {"pixels": rows["pixels"].repeat_interleave(k, 0)}
+        if task == "retrieval":
+            each |= {key: rows[key].repeat_interleave(k, 0) for key in ("itm_ids", "itm_keep_mask")}
+        before, after, turned = model(rows), model(each), model(rows | {"pixels": rows["pixels"].roll(1, 0)})
+        for key in before:
+            x = before[key].repeat_interleave(k, 0) if task == "retrieval" and key == "itm" else before[key]
+            torch.testing.assert_close(x.flatten(), after[key].flatten(), atol=1e-5, rtol=1e-5)
         assert (before[name] - turned[name]).abs().amax(1).min() > 1e-4
 
 
@@ -659,7 +663,7 @@ def test_padding_and_other_rows_do_not_leak(task):
             longer["teacher_ids"] = torch.where(longer[name], longer["teacher_ids"], 78)
     for name, x in model(longer).items():
         torch.testing.assert_close(x, before[name], atol=1e-5, rtol=1e-4, msg=name)
-    name = "itm" if task == "pretrain" else "logits"
+    name = {"pretrain": "itm", "retrieval": "ranks"}.get(task, "logits")
     of = rows["itm_keep_mask" if task == "pretrain" else "keep_mask"]
     k, changed = len(of) // 4, dict(rows)
     changed["pixels"] = rows["pixels"].clone()
@@ -684,8 +688,7 @@ def test_hidden_words_reach_nothing():
 
     rows, before = out(ids)
     is_masked = rows["ids"][:, 1:-1] == TOK.mask
-    labels = rows["mlm_labels"][:, 1:-1] != NOTHING
-    assert is_masked.any() and torch.equal(is_masked, labels), "take other luck"
+    assert is_masked.any() and not is_masked.all()
     _, after = out(torch.where(is_masked, (ids + 1) % (V - 9) + 9, ids))
     assert all(torch.equal(before[name], after[name]) for name in ("mlm", "teacher", "gen"))
     _, after = out(torch.where(is_masked, ids, (ids + 1) % (V - 9) + 9))
@@ -716,8 +719,11 @@ def test_matching_with_what_was_made_once(task):
     for b in range(4):
         for m, text in enumerate(texts):
             ids, keep = captions(language.clean_caption(text))
-            logits = model.answer_scores({"pixels": batch["pixels"][b : b + 1], "ids": ids, "keep_mask": keep})[0]
-            wanted = logits[1] - logits[0] if task == "pretrain" else logits[0]
+            if task == "pretrain":
+                wanted = model.answer_scores({"pixels": batch["pixels"][b : b + 1], "ids": ids, "keep_mask": keep})
+                wanted = wanted[0, 1] - wanted[0, 0]
+            else:
+                wanted = model.rank_head(model.join(ids, keep, model.see(batch["pixels"][b : b + 1])))[0, 0]
             torch.testing.assert_close(found[b, m], wanted, atol=1e-5, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # in bf16 many of a gallery's would be equal
         odds = model.match(model.encode_images(batch), model.encode_texts(texts))
@@ -791,19 +797,20 @@ def test_the_start_phase_teaches_both_encoders_apart():
     found = vilta.losses(model.cfg, out, rows)
     assert list(found) == ["words", "lm"]
     assert found["lm"] == vilta.loss_mlm(out["lm"], rows["mlm_labels"][rows["mlm_labels"] != NOTHING])
-    assert found["words"] == vilta.loss_words(out["words"], rows["words"])
+    assert found["words"] == vilta.loss_answers(out["words"], rows["words"])
     sum(found.values()).backward()
-    learns = {name for name, p in model.named_parameters() if name.split(".")[0] in ("vision", "text", "word_head", "lm_head")}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} - lost_of(model) == learns
+    every = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert every - lost_of(model) == {x for x in every if x.startswith(("vision.", "text.", "word_head.", "lm_head."))}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_parameter_gets_a_gradient_in_other_tasks(task):
-    """OFFICIAL: the head of ITM stays as it is in retrieval, though its loss teaches the rest."""
+    """OFFICIAL: the head of ITM stays as it is in retrieval, though its loss teaches the rest. A bias of all ranks
+    alike moves nothing."""
     model = network(task).train()
     rows = rows_of(model.cfg, B=8)
     sum(vilta.losses(model.cfg, model(rows), rows).values()).backward()
-    assert not lost_of(model)
+    assert lost_of(model) == ({"rank_head.bias"} if task == "retrieval" else set())
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == ({"itm_head.weight", "itm_head.bias"} if task == "retrieval" else set())
     assert not any(hasattr(model, name) for name in ("teacher", "lm_head", "mlm_head", "word_head"))
@@ -829,7 +836,7 @@ def test_optimizer_groups(task):
 
 def test_new_weights():
     model = network("vqa", text_width=64, width=64, init_std=0.05)
-    for module in (model.text.word, model.text.position, model.text_layers[0].up, model.answer_head[0], model.text_transform):
+    for module in (model.text.word, model.text.position, model.text_layers[0].up, model.answer_head[0]):
         assert module.weight.std().item() == pytest.approx(0.05, rel=0.06)
     for name, p in model.named_parameters():
         if p.ndim == 1 and name != "vision.class_embedding":
@@ -853,6 +860,14 @@ def weights_of(run):
 
 def steps_of(run):
     return [record for record in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "lr" in record]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """They take longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "curves", lambda *_: "")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -901,47 +916,40 @@ def test_the_log_of_both_phases(whole):
         assert list(record)[1:4] == ["mlm", "itm", "gen"] and 0 < record["written"] <= 0.25
         assert {"acc_own", "acc_written", "acc_other", "gen_top1", "gen_p"} <= record.keys()
     test = json.loads((whole / "metrics.json").read_text())["splits"]["test"]["metrics"]
-    assert {"itm_accuracy", "itm_accuracy_written", "itm_accuracy_blind", "mlm_accuracy", "written"} <= test.keys()
+    assert {"itm_accuracy", "itm_accuracy_blind", "mlm_accuracy", "written"} <= test.keys()
 
 
-def test_runs_of_arms_that_are_turned_off_are_runs_of_the_baseline(tmp_path):
+def test_runs_of_arms_that_are_turned_off_are_runs_of_the_baseline(whole, tmp_path):
     """The loop itself, its start phase too: bit for bit."""
     found = []
-    for i, flags in enumerate(("--arm baseline", "--arm cd --alpha 0", "--arm hn --syn-ratio 0", "--arm cd")):
+    for i, flags in enumerate(("--arm baseline", "--arm cd --alpha 0", "--arm hn --syn-ratio 0")):
         papers.run("vilta", *toy("--out", tmp_path / str(i), *flags.split()))
         found.append(weights_of(tmp_path / str(i)))
-    for other in found[1:3]:
-        assert other.keys() == found[0].keys() and all(torch.equal(x, found[0][name]) for name, x in other.items())
-    assert not torch.equal(found[0]["mlm_head.dense.weight"], found[3]["mlm_head.dense.weight"])
+    for other in (*found[1:], weights_of(whole)):
+        is_equal = {name for name, x in found[0].items() if torch.equal(x, other[name])}
+        assert (other is not found[1] and other is not found[2]) != (is_equal == found[0].keys() == other.keys())
 
 
-def test_the_writers_head_is_clipped_by_itself(tmp_path, monkeypatch):
-    """In the start phase, the only steps in which it learns here: however large its gradient, others' are not cut."""
-    told, original = [], torch.nn.utils.clip_grad_norm_
+def test_a_run_in_pieces_and_what_is_clipped(tmp_path, monkeypatch):
+    """Pieces of a few pairs, some of which have nothing to write. The word head's gradient is clipped by itself: in the
+    start phase, however large it is, it takes nothing from the others'."""
+    told, seen, clip, build = [], [], torch.nn.utils.clip_grad_norm_, vilta.build
 
-    def clip(parameters, most, *args, **named):
-        told.append((list(parameters), most))
-        return original(told[-1][0], most, *args, **named)
+    def spy(parameters, most, *args, **named):
+        told.append(({id(p) for p in parameters}, most))
+        return clip(parameters, most, *args, **named)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    seen, build = [], vilta.build
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     monkeypatch.setattr(vilta, "build", lambda *args: seen.append(build(*args)) or seen[-1])
-    papers.run("vilta", *toy("--out", tmp_path / "run", "--grad-clip", 0.5))
-    heads = {id(p) for p in seen[0].lm_head.parameters()}
-    groups = [{id(p) for p in parameters} for parameters, _ in told]
-    assert len(told) == 8 and {most for _, most in told} == {0.5}
-    for ours, theirs in zip(groups[::2], groups[1::2], strict=True):
-        assert theirs == heads and not ours & heads
-        assert {id(p) for p in seen[0].parameters() if p.requires_grad} <= ours | theirs
-
-
-def test_steps_in_pieces(tmp_path):
-    """Pieces of a picture or two, some of which have nothing to write."""
-    flags = ("--captions-per-image", 2, "--micro-batch", 4, "--syn-ratio", 0.2)
+    flags = ("--captions-per-image", 2, "--micro-batch", 4, "--syn-ratio", 0.2, "--grad-clip", 0.5)
     papers.run("vilta", *toy("--out", tmp_path / "run", *flags))
     records = steps_of(tmp_path / "run")
     assert [record["written"] for record in records[2:]] == [pytest.approx(0.1, abs=1e-3)] * 2  # 2 of 20
-    assert all(np.isfinite(record["grad_norm"]) for record in records)
+    assert records[0]["lm"] == pytest.approx(np.log(seen[0].cfg.vocab_size), rel=0.2), "a mean over pieces, not a sum"
+    heads, learns = {id(p) for p in seen[0].lm_head.parameters()}, {p for p in seen[0].parameters() if p.requires_grad}
+    assert len(told) == 8 and {most for _, most in told} == {0.5}
+    for (ours, _), (theirs, _) in zip(told[::2], told[1::2], strict=True):
+        assert theirs == heads and not ours & heads and {id(p) for p in learns} <= ours | theirs
 
 
 def test_a_downstream_run_begins_with_pretraining(whole, tmp_path):
@@ -950,8 +958,9 @@ def test_a_downstream_run_begins_with_pretraining(whole, tmp_path):
     flags = "--task retrieval --lr 1e-12 --fusion-mult 1 --head-mult 1 --negatives 3".split()
     papers.run("vilta", *toy(*flags, "--init", whole, "--out", folder))
     before, after = (common.read_tensors((run / "best" / "model.safetensors").resolve()) for run in (whole, folder))
-    same = {name.split(".")[0] for name, x in after.items() if name in before and torch.allclose(x, before[name], atol=1e-6)}
-    assert {"vision", "text", "types", "text_layers", "image_layers", "text_pooler", "itm_head"} <= same
+    for name, x in after.items():
+        if not name.startswith(("rank_head.", "vision.patches.")):  # norms of the stem count on
+            torch.testing.assert_close(x, before[name], atol=1e-6, rtol=1e-5, msg=name)
     assert not {name.split(".")[0] for name in after} & {"teacher", "lm_head", "word_head", "mlm_head"}
     torch.testing.assert_close(after["rank_head.weight"], before["itm_head.weight"][1:], atol=1e-6, rtol=0)
     assert [list(record)[1:3] for record in steps_of(folder)] == [["rank", "itm"]] * 4
@@ -974,8 +983,8 @@ def test_a_downstream_run_begins_with_pretraining(whole, tmp_path):
         ("--gen-encoder teacher", "--gen-encoder teacher: it is one of current, frozen"),
         ("--stem resnet", "--stem resnet: it is one of patch, conv"),
         ("--stem conv --patch 12 --image-size 60", "give a power of two and a multiple of 4"),
-        ("--width 30 --heads 4", "--width 30: no multiple of --heads 4"),
-        ("--text-width 30 --text-heads 4", "--text-width 30: no multiple of --text-heads 4"),
+        ("--width 30 --heads 4", "--width 30 --heads 4: the first must be a multiple of the second"),
+        ("--text-width 30 --text-heads 4", "--text-width 30 --text-heads 4: the first must be"),
         ("--alpha 1.1", "--alpha 1.1: give 1 or less"),
         ("--alpha -0.1", "--alpha -0.1"),
         ("--syn-ratio 2", "--syn-ratio 2.0: give 1 or less"),

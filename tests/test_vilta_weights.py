@@ -61,7 +61,7 @@ def built(official, clip="clip", roberta="roberta", corpus=None, **changes):
 
 
 def texts(model):
-    return model.tokens(["a red circle and a blue square", "two dogs"])
+    return model.tokenized(["a red circle and a blue square", "two dogs"])
 
 
 @pytest.mark.parametrize("clip", ["clip", "vision"])

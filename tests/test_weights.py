@@ -176,7 +176,7 @@ def test_sizes_are_read_from_shapes_and_numbers_of_layers():
 
 
 def test_positions_of_pictures_of_another_size():
-    """Bicubic, worked out by hand; [CLS] keeps its row, the same size changes nothing, rows of the picture stay rows."""
+    """Bicubic, worked out by hand; [CLS] keeps its row, the same size changes nothing, a picture's rows stay rows."""
     rows, columns = torch.tensor([3.0, 1, 4, 1]), torch.tensor([5.0, 9, 2, 6])
     table = torch.stack([rows[:, None].expand(4, 4), columns.expand(4, 4)], dim=2).reshape(16, 2)
     table = torch.cat([torch.tensor([[7.0, -7.0]]), table])

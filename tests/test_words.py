@@ -1,4 +1,4 @@
-"""Whole words among a byte-level BPE's tokens, and the small functions that choose, exchange and hide words of a batch."""
+"""Whole words among a byte-level BPE's tokens; the small functions that choose, exchange and hide words of a batch."""
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ def number(token):
     "words",
     ["box boxes Box boxing boxed", "run running runs", "dog dogs Dogs", "bake baked baking bakes", "horse horses",
      "glass glasses", "dress dresses dressed dressing", "bus buses", "tree trees", "fall falling falls", "shoe shoes",
-     "see sees seeing", "stop stopped stopping"],
+     "see sees seeing", "stop stopped stopping",
+     "coffee coffees"],
 )  # fmt: skip
 def test_words_that_are_the_same_in_another_form(words):
     assert len({language.stem(word) for word in words.split()}) == 1

@@ -62,10 +62,10 @@ class Verbs:
     def answer(self, picture, question: str) -> str:
         """The most probable answer."""
         self._need("answers", "--task vqa", "answers")
-        batch = self._look(picture) | self.tokens([question])
+        batch = self._look(picture) | self.tokenized([question])
         return self.answers[self.answer_scores(batch).argmax().item()]
 
-    def tokens(self, texts: list[str]) -> dict:
+    def tokenized(self, texts: list[str]) -> dict:
         """Texts as written -> what data.pad_texts gives, on the model's device."""
         tok = self.tokenizer
         rows = [[tok.encode(language.clean_caption(text), self.cfg.max_len)] for text in texts]

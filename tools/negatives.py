@@ -44,7 +44,7 @@ BEST, LEAST, MOST = 5, 160, 288  # words that are shown of a blank; least and mo
 
 def rewritten(model, texts: list[str], seed: int = 0) -> list[str | None]:
     """Each text with a word or two rewritten by the model as a hard negative; None where nothing can be rewritten."""
-    found = write(model, model.tokens(texts), seed)
+    found = write(model, model.tokenized(texts), seed)
     told = [model.tokenizer.decode(ids[1:].tolist()) for ids in found["ids"]]
     return [text if is_written else None for text, is_written in zip(told, found["is_written"].tolist(), strict=True)]
 
@@ -95,6 +95,7 @@ def metrics(asked, items) -> dict:
     """Of a tools.exam.Exam of a pre-trained ViLTA and some items, see docs/vilta.md for the names."""
     from eval import with_other_pictures
 
+    items = [item for item in items if item.captions]
     found = filled(asked, items)
     if "hn" not in asked.model.cfg.arm or not asked.model.cfg.syn_ratio:
         return found
@@ -103,13 +104,14 @@ def metrics(asked, items) -> dict:
     if not pairs:
         return found | {"written": 0.0}
     found["written"] = len(pairs) / 2 / len(items)
-    found["itm_accuracy_written"] = score_pairs(pairs, asked.scores)["itm_accuracy"]
     found["itm_accuracy_blind"] = score_pairs(with_other_pictures(pairs), asked.scores)["itm_accuracy"]
     if hasattr(items[0].image, "objects"):
         verdicts = [judge.verdict(pair.text, pair.images[0]) for pair in pairs if pair.label == 0]
         for name in ("false", "true", "unparsable"):
             found[f"written_{name}"] = verdicts.count(name) / len(verdicts)
-    return found
+        # what turned out to be true, or no sentence, is no test of the matching
+        pairs = [pair for k, pair in enumerate(pairs) if verdicts[k // 2] == "false"]
+    return found | ({"itm_accuracy_written": score_pairs(pairs, asked.scores)["itm_accuracy"]} if pairs else {})
 
 
 def filled(asked, items) -> dict:
@@ -118,7 +120,7 @@ def filled(asked, items) -> dict:
     model, tok, rows = asked.model, asked.model.tokenizer, []
     is_scene = hasattr(items[0].image, "objects")
     for batch in asked.batches(items):
-        told = model.tokens([captions[0] for captions in batch["captions"]])
+        told = model.tokenized([captions[0] for captions in batch["captions"]])
         places = model.content_words(told["ids"], told["keep_mask"])
         where = torch.zeros_like(places)
         for row, ids, may_be in zip(where, told["ids"].tolist(), places, strict=True):
@@ -215,7 +217,7 @@ def look(model, items: list[data.Item], seed: int = 0) -> list[Seen]:
     samples = vilta.samples_of(cfg, model, None, items)
     for k, (item, batch) in enumerate(zip(items, data.eval_loader(samples, 1), strict=True)):
         caption = item.captions[0]
-        rows, y = model.tokens([caption]), model.encode_images(batch)
+        rows, y = model.tokenized([caption]), model.encode_images(batch)
         ids, keep = rows["ids"], rows["keep_mask"]  # [1, T], without padding
 
         def matches(ids, keep=keep, y=y) -> float:
@@ -299,8 +301,8 @@ def marked(tok, old: list[int], new: list[int]) -> str:
     parts = []
     for is_new, pairs in groupby(zip(old, new, strict=True), key=lambda pair: pair[0] != pair[1]):
         was, now = (text_of(tok, ids) for ids in zip(*pairs, strict=True))
-        blank, was, now = " " * now.startswith(" "), html.escape(was.strip()), html.escape(now)
-        parts.append(f"{blank}<del>{was}</del> <mark>{now.strip()}</mark>" if is_new else now)
+        was, now = html.escape(was.strip()), html.escape(now)  # words that are rewritten are whole
+        parts.append(f" <del>{was}</del> <mark>{now.strip()}</mark>" if is_new else now)
     return "".join(parts).strip()
 
 
@@ -318,9 +320,9 @@ def table_of(tok, seen: Seen) -> str:
             for k in range(max(map(len, lists)))]  # fmt: skip
     before, after = (html.escape(text_of(tok, ids)) for ids in (seen.ids[: seen.hidden], seen.ids[seen.hidden + 1 :]))
     word = html.escape(text_of(tok, [own]).strip())
-    shares = " and ".join(f"{p[own]:.3f} ({html.escape(name)})" for name, p in columns)
+    shares = ", ".join(f"{p[own]:.3f} ({name.split(',')[0]})" for name, p in columns)
     head = "".join(f'<th colspan="2">{html.escape(name)}</th>' for name, _ in columns)
-    return (f'<p class="told">{before} ____{after}: <b>{word}</b> has {shares}</p>\n<table>\n<tr>{head}</tr>\n'
+    return (f'<p class="told">{before} ____{after}: <b>{word}</b> {shares}</p>\n<table>\n<tr>{head}</tr>\n'
             + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>")  # fmt: skip
 
 
@@ -331,7 +333,7 @@ def article(tok, seen: Seen, writes: bool) -> str:
     source, (wide, high) = base64.b64encode(file.getvalue()).decode(), seen.picture.size
     lines = [f'<p>{html.escape(seen.caption)} <span class="told p">ITM {seen.p:.3f}</span></p>']
     if seen.written:
-        judged = f"; of the scene {seen.verdict}" if seen.verdict else ""
+        judged = f"; judged {seen.verdict}" if seen.verdict else ""
         lines.append(f'<p>{marked(tok, seen.ids, seen.written)} <span class="told p">ITM {seen.p_written:.3f}'
                      f"{html.escape(judged)}</span></p>")  # fmt: skip
     elif writes:
