@@ -128,7 +128,7 @@ PRESETS = {
         image_size=64, patch=16, stem="conv", vision_width=128, vision_layers=0, vision_heads=4, vision_mlp=256,
         text_width=128, text_layers=1, text_heads=4, text_mlp=256, positions=64, width=128, layers=2, heads=4, mlp=256,
         dropout=0.0, init_std=0.08, vocab_size=1000, word_mask=0.4, gen_ban=1, gen_topk=20, batch=160,
-        captions_per_image=5, steps=640, start_steps=400, eval_every=320, lr=2e-3, fusion_mult=1.0, head_mult=1.0,
+        captions_per_image=5, steps=560, start_steps=280, eval_every=280, lr=2e-3, fusion_mult=1.0, head_mult=1.0,
         max_len=30, gallery=100),
     # HERE[vilta-12] (not in the paper): small learns from a few thousand photographs, from nothing
     "small": dict(
@@ -675,7 +675,7 @@ def loss_mlm(logits, labels, soft=None, alpha=0.0):
 
 def soft_labels(logits, temperature=1.0, topk=0):
     """The teacher's logits [P, V] -> q [P, V] = softmax(z / tau); with `topk` of the so many largest alone."""
-    z = logits.detach().float() / temperature
+    z = logits.detach().float() / max(temperature, 1e-3)  # tau = 0: the best word alone
     if topk:
         z = torch.full_like(z, -math.inf).scatter(1, (best := z.topk(min(topk, z.size(1)))).indices, best.values)
     return z.softmax(1)
@@ -1042,8 +1042,8 @@ SIZES = ("arm patch stem vision_width vision_layers vision_heads vision_mlp text
 def check(cfg: Config) -> None:
     """Settings that contradict one another or are not among the choices."""
     common.check_numbers(cfg, "batch captions_per_image max_len image_size patch vision_width vision_heads text_width "
-                         "text_layers text_heads positions width layers heads negatives galleries gen_topk "
-                         "teacher_temperature")  # fmt: skip
+                         "text_layers text_heads positions width layers heads negatives galleries "
+                         "gen_topk")  # fmt: skip
     for name, choices in {
         "task": TASKS, "arm": ("baseline", "cd", "hn", "cd+hn"), "stem": ("patch", "conv"),
         "teacher-input": ("all_mask", "same_as_student", "unmasked"), "gen-head": ("probe", "static", "joint"),

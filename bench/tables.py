@@ -67,7 +67,7 @@ SOHO_STARTS = (
     Row("after dictionary and MVM", start="dictionary and MVM"),
     Row("after no dictionary", start="no dictionary"),
 )
-OFTEN = "--eval-every 40 --val-items 250"  # points of the curves that the first look reads
+OFTEN = "--start-steps 400 --eval-every 40 --val-items 250"  # many points for the curves of the first look
 PLANS = {
     "tden": (
         Table("pretrain", 600, "true@1 R@1 caption_true CIDEr_D", (

@@ -268,7 +268,7 @@ def test_the_plan_of_vilta_and_its_first_look(tmp_path, monkeypatch):
     runs = tables.planned("vilta", tmp_path, 1.0)
     assert len(runs) == 8 and not any(run.start for run in runs.values())
     assert runs["pretrain-cd+hn-1"].words == ("--task", "pretrain", "--steps", "640", "--seed", "1", "--arm", "cd+hn",
-                                              "--eval-every", "40", "--val-items", "250")  # fmt: skip
+                                              "--start-steps", "400", "--eval-every", "40", "--val-items", "250")  # fmt: skip
     for name, log in (("baseline-0", BASELINE), ("cd-0", FASTER), ("cd-1", FASTER), ("hn-0", FASTER)):
         (tmp_path / f"pretrain-{name}").mkdir()
         (tmp_path / f"pretrain-{name}" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step"')
