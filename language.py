@@ -306,11 +306,13 @@ def _first(*ids: int | None) -> int | None:
 # Words: which tokens of a byte-level BPE are whole words, and which of them mean little
 
 SPACE = "Ġ"  # how byte-level BPE writes the blank before a word
-# Words that can change without making a caption false. Prepositions of place are not among them: "under" is not "on".
+# Words that can change without making a caption false, those that frame it too ("the picture shows"). Prepositions of
+# place are not among them: "under" is not "on".
 STOP_WORDS = frozenset("""a an the this that these those some any there here it its he she they them his her their him
 we our us you your i my me is are was were be been being am has have had do does did will would can could may might
 shall should must and or but nor so yet if then than as of to for from by with at into onto while when where which who
-whom whose what how not also just very too each other another one's it's 's""".split())
+whom whose what how not also just very too each other another one's it's 's both together exactly picture image photo
+photograph show shows showing shown see sees seen""".split())
 
 
 def word_tables(tok: Tokenizer, vocab_size: int) -> dict:
