@@ -99,7 +99,7 @@ class Config(common.RunConfig):
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     label_smoothing: float = 0.0  # share of the target's probability that is spread over all words
     lm_steps: int = 0  # HERE[vcgpt-9] (not in the paper): text-only steps of GPT-2 first, where it has no weights yet
-    augment: str = "none"  # none | crop | crop+flip (never where a caption says left or right)
+    augment: str = "none"  # none | crop | crop+flip (never where a caption says left or right) | rand
     max_len: int = 40  # tokens per caption
     baseline: str = "leave-one-out"  # of scst: leave-one-out (mean of the picture's other samples) | greedy
     # --- decoding (HERE[vcgpt-10] (not in the paper): usual on COCO)

@@ -79,10 +79,11 @@ class Config(common.RunConfig):
     caption_noise: float = 0.0  # share of the captions that are exchanged within the batch, to see what noise does
     negatives: int = 15  # of retrieval, captions of others beside each picture's own
     # --- picture
-    image_size: int = 288  # pixels; the shorter side becomes this, then a square is cut from the middle
+    image_size: int = 288  # pixels of the square that is read
+    frame: str = "centre"  # how a picture becomes a square: centre (OFFICIAL: its middle) | pad (all of it, the rest 0)
     augment: str = "none"  # none | crop | crop+flip | rand (RandAugment)
     # --- network
-    clip: str = "none"  # weights of the vision encoder: a hub id, a directory, OpenAI's file, or none
+    clip: str = "none"  # weights of the vision encoder: a hub id, a directory, or none
     roberta: str = "none"  # weights of the language encoder and of the teacher: a hub id, a directory, or none
     tokenizer: str = "none"  # hub id or directory; none: of --roberta or official weights, else trained on the texts
     vocab_size: int = 50265  # upper bound where the tokenizer is trained here
@@ -132,7 +133,7 @@ PRESETS = {
         max_len=30, gallery=100),
     # HERE[vilta-12] (not in the paper): small learns from a few thousand photographs, from nothing
     "small": dict(
-        image_size=160, patch=16, stem="conv", vision_width=192, vision_layers=2, vision_heads=6, text_width=192,
+        image_size=160, patch=16, stem="conv", vision_width=192, vision_layers=0, vision_heads=6, text_width=192,
         text_layers=3, text_heads=6, positions=64, width=192, layers=3, heads=6, init_std=0.06, vocab_size=3000,
         batch=128, captions_per_image=2, steps=0, epochs=20.0, start_steps=300, lr=5e-4, fusion_mult=1.0, head_mult=1.0,
         max_len=40, gallery=200),
@@ -876,6 +877,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> ViLTA:
     """The model with tokenizer and first weights: a run's, official ones, or random ones. Official weights bring their
     sizes along, so cfg is changed here to what was really built."""
     found, sizes, told = {}, {}, []  # found: state dicts under METER's names
+    needs_head = cfg.task == "pretrain" and (writes(cfg) or learns_softly(cfg))
     if not checkpoint and cfg.init != "none":
         found["METER"] = tidy(common.read_tensors(Path(cfg.init)))
         if "cross_modal_text_transform.weight" not in found["METER"]:
@@ -888,7 +890,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> ViLTA:
         last = f"resblocks.{config.get('num_hidden_layers', 12) - 1}."  # OFFICIAL: left out
         found["CLIP"] = {f"vit_model.visual.{key}": x for key, x in state.items() if last not in key}
         sizes["vision_heads"] = config.get("num_attention_heads", 12)
-    if not checkpoint and cfg.roberta != "none":
+    if not checkpoint and cfg.roberta != "none" and (needs_head or "METER" not in found):
         config, state = weights.read_weights(cfg.roberta)
         found["RoBERTa"] = {key if key.startswith("lm_head.") else f"text_transformer.{key}": x
                             for key, x in weights.roberta(state).items()}  # fmt: skip
@@ -904,7 +906,6 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> ViLTA:
     tokenizer = weights.choose_tokenizer(cfg, theirs, checkpoint, corpus, "roberta", "vocab_size" in sizes)
     if tokenizer.mask is None:
         raise UserError("this tokenizer has no mask token, which pre-training shows: take RoBERTa's")
-    needs_head = cfg.task == "pretrain" and (writes(cfg) or learns_softly(cfg))
     if found and needs_head and "lm_head.bias" not in found.get("RoBERTa", {}):
         raise UserError("teacher and writer need RoBERTa with its word head (RobertaForMaskedLM): add --roberta "
                         "roberta-base or a directory, or train without the two (--arm baseline)")  # fmt: skip
@@ -934,7 +935,7 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> ViLTA:
 def samples_of(cfg: Config, model: ViLTA, corpus, items, train=False):
     """The samples of the run's task; Examples too where a pre-trained model is asked which texts match."""
     more = dict(tokenizer=model.tokenizer, size=cfg.image_size, max_len=cfg.max_len, train=train, seed=cfg.seed,
-                augment=cfg.augment, frame="centre")  # fmt: skip
+                augment=cfg.augment, frame=cfg.frame)  # fmt: skip
     if isinstance(items[0], data.Example):
         return data.Examples(items, answers=model.answers, **more)
     return data.Pictures(items, captions=cfg.captions_per_image, **more)
@@ -1035,17 +1036,16 @@ def final_evaluation(cfg: Config, model: ViLTA, checkpoint: Path, corpus, machin
 # Main
 
 # what --init takes over from the run's config
-SIZES = ("arm patch stem vision_width vision_layers vision_heads vision_mlp text_width "
+SIZES = ("arm frame patch stem vision_width vision_layers vision_heads vision_mlp text_width "
          "text_layers text_heads text_mlp positions vocab_size width layers heads mlp clip roberta").split()
 
 
 def check(cfg: Config) -> None:
     """Settings that contradict one another or are not among the choices."""
     common.check_numbers(cfg, "batch captions_per_image max_len image_size patch vision_width vision_heads text_width "
-                         "text_layers text_heads positions width layers heads negatives galleries "
-                         "gen_topk")  # fmt: skip
+                         "text_layers text_heads positions width layers heads negatives galleries gen_topk")
     for name, choices in {
-        "task": TASKS, "arm": ("baseline", "cd", "hn", "cd+hn"), "stem": ("patch", "conv"),
+        "task": TASKS, "arm": ("baseline", "cd", "hn", "cd+hn"), "stem": ("patch", "conv"), "frame": data.FRAMES,
         "teacher-input": ("all_mask", "same_as_student", "unmasked"), "gen-head": ("probe", "static", "joint"),
         "gen-encoder": ("current", "frozen"), "augment": data.AUGMENTATIONS, "train-on": corpora.TRAIN_ON,
     }.items():  # fmt: skip

@@ -267,8 +267,8 @@ def test_the_plan_of_vilta_and_its_first_look(tmp_path, monkeypatch):
     """Below the first table alone, seed by seed; a dash where the run or the baseline of its seed is not finished."""
     runs = tables.planned("vilta", tmp_path, 1.0)
     assert len(runs) == 8 and not any(run.start for run in runs.values())
-    assert runs["pretrain-cd+hn-1"].words == ("--task", "pretrain", "--steps", "640", "--seed", "1", "--arm", "cd+hn",
-                                              "--start-steps", "400", "--eval-every", "40", "--val-items", "250")  # fmt: skip
+    words = "--task pretrain --steps 640 --seed 1 --arm cd+hn --start-steps 400 --eval-every 40 --val-items 250"
+    assert runs["pretrain-cd+hn-1"].words == tuple(words.split())
     for name, log in (("baseline-0", BASELINE), ("cd-0", FASTER), ("cd-1", FASTER), ("hn-0", FASTER)):
         (tmp_path / f"pretrain-{name}").mkdir()
         (tmp_path / f"pretrain-{name}" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step"')

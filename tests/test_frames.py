@@ -151,7 +151,7 @@ def test_a_users_picture_is_seen_as_in_evaluation(tmp_path):
     """With image_size the square in the middle, with short_side its own shape; a scene by name is drawn to measure."""
     picture = noise(90, 60)
     picture.save(tmp_path / "a.png")
-    square, whole = Model(image_size=32), Model(short_side=32, long_side=40)
+    square, whole = Model(image_size=32, frame="centre"), Model(short_side=32, long_side=40)
     for given in (tmp_path / "a.png", str(tmp_path / "a.png"), picture):
         assert torch.equal(square._look(given)["pixels"], meters(picture, 32)[None])
         batch = whole._look(given)
@@ -161,3 +161,4 @@ def test_a_users_picture_is_seen_as_in_evaluation(tmp_path):
     for model in (square, whole):
         with pytest.raises(UserError, match="b.png: no such file; give another file, or of scenes SPLIT:NUMBER"):
             model._look(tmp_path / "b.png")
+    assert torch.equal(Model(image_size=32, frame="pad")._look(picture)["pixels"], to_pixels(picture, 32)[None])

@@ -77,7 +77,7 @@ class Verbs:
 
     def _look(self, picture) -> dict:
         """The regions or, where the model reads pixels, the pixels of one picture, as a loader's batch has them: with
-        cfg.short_side in the picture's own shape, with cfg.image_size the square in its middle."""
+        cfg.short_side in the picture's own shape, with cfg.image_size and cfg.frame a square."""
         cfg = self.cfg
         if hasattr(cfg, "regions"):
             return data.pad_regions([regions.of_picture(picture, cfg.regions, cfg.data, cfg.world, cfg.max_regions)])
@@ -89,4 +89,4 @@ class Verbs:
             raise UserError(f"{bad}; give another file, or of scenes SPLIT:NUMBER, like test:0") from bad
         if keeps_shape:
             return data.pad_pixels([data.within(image, cfg.short_side, cfg.long_side)], 32)
-        return {"pixels": data.to_pixels(image, cfg.image_size, frame="centre")[None]}
+        return {"pixels": data.to_pixels(image, cfg.image_size, frame=cfg.frame)[None]}
