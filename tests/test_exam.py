@@ -198,10 +198,12 @@ def test_matching_is_chosen_by_its_pairs(tmp_path):
     one, asked = matching()
     val = list(one.corpus.splits["val"])
     one.model.items = {item.image_id: item for item in val}
-    assert one.on_val(val) == {"itm_accuracy": 1.0} and exam.BEST_BY["itm"] == "itm_accuracy"
+    assert one.on_val(val) == {"itm_accuracy": 1.0, "itm_accuracy_edited": 1.0} and exam.BEST_BY["itm"] == "itm_accuracy"
     assert [example.example_id for example in asked[0]] == [f"{k}-{n}" for k in range(9) for n in (1, 0)]
     one.model.is_blind = True
-    assert one.on_val(val) == {"itm_accuracy": 0.5}
+    assert one.on_val(val) == {"itm_accuracy": 0.5, "itm_accuracy_edited": 0.5}
+    one.more = lambda self, items: {"more": len(items)}
+    assert one.on_val(val)["more"] == 9 and one.on_val(val[:1]) == {}, "one picture has no pairs"
 
 
 def test_the_final_exam_of_matching(tmp_path):
@@ -252,6 +254,9 @@ class Model(ask.Verbs):
                                    max_len=4, **more)  # fmt: skip
         self.tokenizer = language.Tokenizer.train(["is it a red circle"] * 3, 300, "wordpiece")
         self.seen = []
+
+    def parameters(self):
+        return iter([torch.zeros(1)])  # which tell the device
 
     def caption_batch(self, batch, beam):
         self.seen.append((len(batch["regions"]), beam))
@@ -352,5 +357,5 @@ def test_what_best_is_chosen_by():
 def test_what_is_found_in_all_batches(monkeypatch):
     machine = common.Machine(torch.device("cpu"), torch.float32, 0, 1, 0, "")
     asked = exam.Exam("itm", None, data.Corpus("x", {}), machine, None)
-    monkeypatch.setattr(exam.Exam, "_loader", lambda self, items: iter(items))
+    monkeypatch.setattr(exam.Exam, "batches", lambda self, items: iter(items))
     assert asked.collect(lambda batch: {batch, batch + 1}, [3, 8, 3]) == {3, 4, 8, 9}

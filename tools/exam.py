@@ -90,8 +90,10 @@ class Exam:
     def on_val(self, items) -> dict[str, Any]:
         """Metrics of the task on some items: captions are greedy, galleries have one text a picture."""
         if self.task == "itm":
-            edited = scoring.pairs_of(items, True) if hasattr(items[0].image, "objects") else []
-            metrics = scoring.score_pairs(scoring.pairs_of(items), self.scores, edited)
+            pairs, is_scene = scoring.pairs_of(items), hasattr(items[0].image, "objects")
+            if not pairs:  # a single picture has no other's text
+                return {}
+            metrics = scoring.score_pairs(pairs, self.scores, scoring.pairs_of(items, True) if is_scene else [])
             return metrics | (self.more(self, items) if self.more else {})
         if self.task in MATCHES:
             items = items[: self.gallery_of or None]
