@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import data
 import vcgpt
+import weights
 from common import UserError
 
 V = 37
@@ -213,11 +214,11 @@ def test_cached_decoding_is_uncached_decoding(variant):
 @torch.no_grad()
 def test_larger_pictures_get_interpolated_positions():
     positions = torch.randn(17, 24)
-    table = vcgpt.resize_positions(positions, 6)
+    table = weights.resize_positions(positions, 6)
     assert table.shape == (37, 24) and torch.equal(table[0], positions[0])
-    assert vcgpt.resize_positions(positions, 4) is positions
+    assert weights.resize_positions(positions, 4) is positions
     positions[1:] = 3.0
-    torch.testing.assert_close(vcgpt.resize_positions(positions, 6)[1:], torch.full((36, 24), 3.0))
+    torch.testing.assert_close(weights.resize_positions(positions, 6)[1:], torch.full((36, 24), 3.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_official_weights_meet_pictures_of_another_size(official):
     small, large = built(official), built(official, image_size=48)
     assert len(large.clip.positions) == 37 and large.cfg.image_size == 48
     assert built(official, image_size=0).cfg.image_size == 32, "0: the checkpoint's own"
-    torch.testing.assert_close(large.clip.positions, vcgpt.resize_positions(small.clip.positions, 6))
+    torch.testing.assert_close(large.clip.positions, weights.resize_positions(small.clip.positions, 6))
 
 
 @pytest.mark.parametrize("variant", ["vcgpt", "vcgpt_wo_se", "vanilla"])
