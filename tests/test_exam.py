@@ -198,7 +198,8 @@ def test_matching_is_chosen_by_its_pairs(tmp_path):
     one, asked = matching()
     val = list(one.corpus.splits["val"])
     one.model.items = {item.image_id: item for item in val}
-    assert one.on_val(val) == {"itm_accuracy": 1.0, "itm_accuracy_edited": 1.0} and exam.BEST_BY["itm"] == "itm_accuracy"
+    assert one.on_val(val) == {"itm_accuracy": 1.0, "itm_accuracy_edited": 1.0}
+    assert exam.BEST_BY["itm"] == "itm_accuracy"
     assert [example.example_id for example in asked[0]] == [f"{k}-{n}" for k in range(9) for n in (1, 0)]
     one.model.is_blind = True
     assert one.on_val(val) == {"itm_accuracy": 0.5, "itm_accuracy_edited": 0.5}
