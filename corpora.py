@@ -467,7 +467,7 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
     and the rest of val2014 is in train. "train+val+vg": Visual Genome's questions besides (vg/ beside or below the
     root).
     """
-    choose("train-on", train_on, ["train", "train+val", "train+val+vg"])
+    choose("train-on", train_on, TRAIN_ON)
     notes, parts, frequent, held_out = [], {}, [], set()
     for name in ("train2014", "val2014", "test2015", "test-dev2015"):
         questions, hidden = root / f"v2_OpenEnded_mscoco_{name}_questions.json", name.startswith("test")

@@ -991,15 +991,7 @@ def final_evaluation(cfg: Config, model: SOHO, checkpoint: Path, corpus, machine
         used = asked.collect(model.codes_in, corpus.splits[split])
         if machine.is_main:
             splits[split]["metrics"]["codes_used"] = columns[split]["codes_used"] = len(used) / cfg.codes
-    names = ("codes vd_mode vd_update vd_decay vd_revive mvm_prob mvm_temperature mlm_on_negatives mvm_on_negatives "
-             "freeze_cnn word_steps short_side long_side square_mask gallery galleries init").split()  # fmt: skip
-    protocol = {
-        **{name: getattr(cfg, name) for name in names}, "texts_per_picture": n_texts, "notes": corpus.notes,
-        "checkpoint": common.how_chosen(checkpoint), "best_by": asked.best_by,
-    }  # fmt: skip
-    if machine.is_main:
-        seconds = time.perf_counter() - started
-        common.write_metrics(folder, "soho", cfg, machine, model, seconds, protocol, splits)
+    finish.record("soho", cfg, asked, checkpoint, folder, started, splits, texts_per_picture=n_texts)
     return columns
 
 
@@ -1017,7 +1009,7 @@ def check(cfg: Config) -> None:
                          "long_side cnn_width negatives galleries")  # fmt: skip
     for name, choices in (("task", TASKS), ("vd-mode", ("gate", "replace", "residual", "none")),
                           ("vd-update", ("official", "paper")), ("cnn-optimizer", ("sgd", "adamw")),
-                          ("depth", tuple(BLOCKS)), ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
+                          ("depth", tuple(BLOCKS)), ("train-on", corpora.TRAIN_ON)):  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     for name, form, n in (("strides", r"[1-9](,[1-9])*", (6,)), ("train_sides", r"([1-9]\d*(,[1-9]\d*)*)?", (1, 3))):
         value = getattr(cfg, name)

@@ -1004,15 +1004,8 @@ def final_evaluation(cfg: Config, model: TDEN, checkpoint: Path, corpus, machine
     n_texts = 1 if cfg.data == "scenes" else 5
     asked = exam.Exam(cfg.task, model, corpus, machine, partial(samples_of, cfg, model, corpus))
     splits, columns = asked.final(folder, cfg.beam, cfg.official, n_texts)
-    names = "passes two_updates ss_mode ss_prob decoder_memory decoupled hardest init regions beam max_new".split()
-    protocol = {
-        **{name: getattr(cfg, name) for name in names}, "texts_per_picture": n_texts, "notes": corpus.notes,
-        "checkpoint": common.how_chosen(checkpoint), "best_by": exam.BEST_BY[cfg.task],
-        **(scoring.CAPTION_PROTOCOL if cfg.task in exam.TELLS else {}),
-    }  # fmt: skip
-    if machine.is_main:
-        seconds = time.perf_counter() - started
-        common.write_metrics(folder, "tden", cfg, machine, model, seconds, protocol, splits)
+    more = scoring.CAPTION_PROTOCOL if cfg.task in exam.TELLS else {}
+    finish.record("tden", cfg, asked, checkpoint, folder, started, splits, texts_per_picture=n_texts, **more)
     return columns
 
 
@@ -1030,7 +1023,7 @@ def check(cfg: Config) -> None:
                          "cross_layers positions pooled max_regions max_len_rationale passes")  # fmt: skip
     for name, choices in (("task", TASKS), ("ss-mode", ("argmax", "sample")), ("regions", ("files", "grid")),
                           ("decoder-memory", ("auto", "object", "understanding")), ("passes", (1, 2)),
-                          ("train-on", ("train", "train+val", "train+val+vg"))):  # fmt: skip
+                          ("train-on", corpora.TRAIN_ON)):  # fmt: skip
         common.choose(name, getattr(cfg, name.replace("-", "_")), choices)
     if cfg.width % cfg.heads:
         raise UserError(f"--width {cfg.width} --heads {cfg.heads}: the first must be a multiple of the second")
@@ -1044,8 +1037,7 @@ def check(cfg: Config) -> None:
 def load_data(cfg: Config):
     """The corpus of the task with its source of regions; cfg learns how many numbers and classes a region has."""
     task = cfg.task if cfg.task in QUESTION_TASKS else "caption"
-    corpus = corpora.load(cfg.data, cfg.root or None, task, cfg.train_on, world=cfg.world, n_train=cfg.train_scenes,
-                          n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+    corpus = corpora.of_run(cfg, task)
     regions.attach(corpus, cfg)
     return corpus
 
@@ -1080,20 +1072,9 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("tden", cfg, machine)
-    if model.answers and machine.is_main:
-        common.write_json(run.path / "answers.json", list(model.answers))
     shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {k} captions" * (k > 1)
-    common.announce(f"TDEN ({cfg.task}): {shape}", model, cfg, machine, corpus, run)
-    try:
-        train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)
-        best = (run.path / "best").resolve()  # chosen on val
-        common.load_model_weights(model, best)
-        columns = final_evaluation(cfg, model, best, corpus, machine, run.path, started)
-    except (KeyboardInterrupt, UserError) as error:
-        raise common.stopped(run, machine, why=error) from None
-    if machine.is_main:
-        finish.tell(columns, run, cfg.task, started, "tden.py")
+    finish.carry_out("tden", f"TDEN ({cfg.task}): {shape}", cfg, checkpoint, model, corpus, machine, started, train,
+                     final_evaluation, cfg.task)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -935,18 +935,9 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / images)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create("vcgpt", cfg, machine)
     shape = f"{cfg.steps} steps of {images} pictures x {cfg.captions_per_image} captions"
-    common.announce(f"VC-GPT ({cfg.variant}, {cfg.task}): {shape}", model, cfg, machine, corpus, run)
-    try:
-        train(cfg, model, corpus, machine, run, checkpoint if cfg.resume else None)
-        best = (run.path / "best").resolve()  # chosen on val
-        common.load_model_weights(model, best)
-        columns = final_evaluation(cfg, model, best, corpus, machine, run.path, started)
-    except (KeyboardInterrupt, UserError) as error:
-        raise common.stopped(run, machine, why=error) from None
-    if machine.is_main:
-        finish.tell(columns, run, cfg.task, started, "vcgpt.py")
+    finish.carry_out("vcgpt", f"VC-GPT ({cfg.variant}, {cfg.task}): {shape}", cfg, checkpoint, model, corpus, machine,
+                     started, train, final_evaluation, cfg.task)  # fmt: skip
 
 
 if __name__ == "__main__":

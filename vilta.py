@@ -666,11 +666,11 @@ def loss_mlm(logits, labels, soft=None, alpha=0.0):
     """Masked language modelling with cross-distillation. logits [P, V] at the hidden words, labels [P], soft [P, V] the
     teacher's distribution q -> mean over words, in nats.
 
-    HERE[vilta-2] (not in the paper): L = (1 - alpha) (-log p(w)) + alpha (-sum_k q_k log p_k), ALBEF's mixture: a
-    teacher that sees no picture cannot know the colour, so the caption's own word counts, too.
+    HERE[vilta-2] (not in the paper): ALBEF's mixture; a teacher without the picture cannot know its colours.
     """
     log_p = logits.float().log_softmax(1)
     hard = F.nll_loss(log_p, labels)
+    # L = (1 - alpha) (-log p(w)) + alpha (-sum_k q_k log p_k)
     return hard if soft is None else (1 - alpha) * hard - alpha * (soft * log_p).sum(1).mean()
 
 
@@ -958,11 +958,10 @@ def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | No
                                machine.processes, cfg.seed, start, cfg.steps, pin=machine.device.type == "cuda")
     log = common.Logger(run, machine, cfg.steps, cfg.log_every, start)
     asked = examination(cfg, model, corpus, machine)
-    # 6 x parameters x tokens of both streams, in each of two passes: a lower bound, the encoders not being counted
-    log.flops_per_item = 12 * sum(p.numel() for p in model.text_layers.parameters()) * (model.vision.grid**2 + 31)
+    # 6 x parameters of a stream x tokens of both, 30 of the text: a lower bound, encoders and second pass left out
+    log.flops_per_item = 6 * sum(p.numel() for p in model.text_layers.parameters()) * (model.vision.grid**2 + 31)
     ddp = common.spread(model, cfg, machine, (VisionBlock, TextBlock), find_unused=True)
-    # The writer's word head is clipped by itself: its gradient must not shrink that of the others.
-    heads = [p for name, p in model.named_parameters() if name.startswith("lm_head.")]
+    heads = [p for name, p in model.named_parameters() if name.startswith("lm_head.")]  # clipped by themselves
     others = [p for name, p in model.named_parameters() if not name.startswith("lm_head.")]
     if is_due:  # saved, but stopped before its evaluation was over
         best = asked.validate(cfg, run, log, start, best)
@@ -987,6 +986,7 @@ def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | No
                 with common.synchronised(ddp, i + 1 == len(pieces)):
                     with machine.autocast():
                         piece = write_negatives(model, piece)
+                    with machine.autocast():  # anew: bf16 copies of weights that were made without gradient are gone
                         out = ddp(piece)
                     found = {name: loss / len(pieces) for name, loss in losses(cfg, out, piece).items()}
                     sum(found.values()).backward()
@@ -994,8 +994,8 @@ def train(cfg: Config, model: ViLTA, corpus, machine, run, checkpoint: Path | No
                 for name, part in found.items():
                     logged[name] = logged.get(name, 0.0) + part.detach() / machine.processes
             norm = nn.utils.clip_grad_norm_(others, cfg.grad_clip or math.inf)
-            nn.utils.clip_grad_norm_(heads, cfg.grad_clip or math.inf)
-            common.stop_if_not_finite(norm, float(sum(logged.values())), batch["image_id"], step + 1, run)
+            of_head = nn.utils.clip_grad_norm_(heads, cfg.grad_clip or math.inf)
+            common.stop_if_not_finite(norm + of_head, float(sum(logged.values())), batch["image_id"], step + 1, run)
             share = common.linear_schedule(step, cfg.steps, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share

@@ -27,6 +27,15 @@ def find_extra(*parts: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors so small that several threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def extra() -> Path:
     """The folder with realdata/ (and golden/); skips or fails as said above."""

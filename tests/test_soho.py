@@ -36,13 +36,7 @@ SAYS = ["a red dog runs", "two cats", "a man on a horse", "blue sea at night", "
 N_ANSWERS = {"vqa": 7, "nlvr2": 2, "ve": 3, "retrieval": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors so small several only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(task="pretrain", **changes):

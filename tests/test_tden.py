@@ -32,13 +32,7 @@ V, C, D_IN, NOTHING = 37, 5, 6, tden.NOTHING
 TOK = SimpleNamespace(pad=0, bos=1, eos=2, mask=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors so small several only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LOSSES = {"pretrain": ["mlm", "msg", "moc", "ism"], "retrieval": ["ism"], "vqa": ["u", "g"], "vcr": ["choice"],

@@ -31,13 +31,7 @@ ARMS = ("baseline", "cd", "hn", "cd+hn")
 TASKS = {"retrieval": ["rank", "itm"], "vqa": ["vqa"], "nlvr2": ["nlvr2"], "ve": ["ve"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors so small several only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(task="pretrain", **changes):

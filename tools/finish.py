@@ -32,7 +32,7 @@ def carry_out(name: str, title: str, cfg, checkpoint, model, corpus, machine, st
     """A run from its folder to what it says at the end: `train`, then `evaluate` of the best checkpoint; both are the
     model file's. checkpoint: the one that --resume or --init name."""
     run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create(name, cfg, machine)
-    if model.answers and machine.is_main:
+    if getattr(model, "answers", ()) and machine.is_main:
         common.write_json(run.path / "answers.json", list(model.answers))
     common.announce(title, model, cfg, machine, corpus, run)
     try:
