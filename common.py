@@ -93,8 +93,11 @@ class RunConfig:
     """What every model file's Config starts with: what to run, on what, and where to put it."""
 
     # --- what to run
-    data: str = "scenes"  # scenes | coco | flickr30k | flickr8k | nocaps | vqa | vcr | own data: .jsonl, .csv, a folder
-    root: str = ""  # directory of the data set; default data/NAME
+    data: str = "scenes"  # scenes, coco, vg ...: `python data.py where`; own .jsonl, .csv, .tar; several: coco,vg:0.5
+    root: str = ""  # directory of the data set, default data/NAME; of several the one above theirs, default data
+    phrases: int = 5  # of vg: descriptions drawn of each picture in each epoch
+    keep_test: bool = False  # of vg and sbu: train also on pictures that COCO or Flickr30k keep for val and test
+    quotes: str = "csv"  # of cc3m's TSV files: csv (a double quote may join lines, as in xmodaler) | none (never)
     task: str = "pretrain"  # what to train; the tasks of a paper are in its file
     preset: str = ""  # tiny | small | base; default tiny for scenes, small for flickr8k and own data, base otherwise
     init: str = "none"  # start from the weights of a run directory (or its step_N), of the authors' file, or none
@@ -144,9 +147,7 @@ def parse_flags(config_class, argv: list[str], prog: str, extra: dict[str, dict]
     UserError naming the nearest one; hyphens and underscores are the same.
     """
     comments = field_comments(config_class)
-    parser = Parser(
-        prog=prog, allow_abbrev=False, usage=f"{prog} [--flag value ...]", argument_default=argparse.SUPPRESS
-    )
+    parser = Parser(prog=prog, allow_abbrev=False, usage=f"{prog} [--flag value]", argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(config_class):
         flag = "--" + field.name.replace("_", "-")
         help_text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
@@ -165,8 +166,7 @@ def parse_flags(config_class, argv: list[str], prog: str, extra: dict[str, dict]
         raise UserError(f"unknown flag {unknown[0]}{hint}")
     given = vars(known)
     names = [name.replace("-", "_") for name in extra or {}]
-    commands = argparse.Namespace(**{name: given.pop(name, None) for name in names})
-    return given, commands
+    return given, argparse.Namespace(**{name: given.pop(name, None) for name in names})
 
 
 def choose(name: str, value, choices) -> None:
@@ -180,7 +180,7 @@ def check_numbers(cfg, from_one: str) -> None:
     """UserError for a setting that is negative or no finite number, and for a zero among the names in `from_one`."""
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        least = 1 if field.name in ("log_every", "train_scenes", "test_scenes", *from_one.split()) else 0
+        least = 1 if field.name in ("log_every", "train_scenes", "test_scenes", "phrases", *from_one.split()) else 0
         if field.name == "seed" and abs(value) >= 2**31:
             raise UserError(f"{flag} {value}: give less than 2^31")
         if type(value) in (int, float) and field.name not in ("workers", "seed"):
@@ -213,10 +213,16 @@ def check_most(cfg, limits: dict) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give {most} or less")
 
 
-def default_preset(data_name: str) -> str:
+def default_preset(data: str) -> str:
     """tiny for scenes, small for what a laptop holds, base for the rest."""
-    own = data_name.lower().endswith((".jsonl", ".csv")) or Path(data_name).is_dir()
-    return "tiny" if data_name == "scenes" else "small" if data_name in ("flickr8k", "nlvr1") or own else "base"
+    own = data.lower().endswith((".jsonl", ".csv")) or Path(data).is_dir() and not any(Path(data).glob("*.tar"))
+    return "tiny" if data == "scenes" else "small" if data in ("flickr8k", "nlvr1") or own else "base"
+
+
+def data_name(spec: str) -> str:
+    """A short name of what --data names: coco,vg:0.5,shards/cc3m-{000..331}.tar -> coco+vg+cc3m."""
+    parts = [spec] if Path(spec).exists() else re.split(r",(?![^{]*\})", spec)  # commas outside braces
+    return "+".join(Path(re.sub(r"\{[^}]*\}|\*|:[\d.]+$", "", part)).stem.strip("-_ ") for part in parts)
 
 
 def build_config(config_class, given: dict, presets: dict, recipes: dict, architecture: dict | None = None):
@@ -237,7 +243,7 @@ def build_config(config_class, given: dict, presets: dict, recipes: dict, archit
 
 # What may change when a run goes on, and what means something to a finished one (a file adds its decoding flags).
 RESUME_FLAGS = "resume data root device workers micro_batch compile gradient_checkpointing official".split()
-EVAL_FLAGS = "init data root world test_scenes val_items device dtype workers seed out official".split()
+EVAL_FLAGS = "init data root keep_test world test_scenes val_items device dtype workers seed out official".split()
 
 
 def allow(given: dict, allowed: list[str], command: str) -> None:
@@ -579,7 +585,7 @@ class Run:
             if any((path / name).exists() for name in ("last", "metrics.json")):
                 return UserError(f"{path} already holds a run: go on with it by --resume {path}, or give another --out")
         else:
-            name = f"{model_name}-{Path(cfg.data).stem}" + ("" if cfg.task == main_task else f"-{cfg.task}")
+            name = f"{model_name}-{data_name(cfg.data)}" + ("" if cfg.task == main_task else f"-{cfg.task}")
             path, n = Path("runs") / name, 2
             while path.exists():
                 path, n = Path("runs") / f"{name}-{n}", n + 1

@@ -14,6 +14,7 @@
     nlvr1/      {train,val,test}.jsonl, statements about one picture        images/
     snli_ve/    snli_ve_{train,dev,test}.jsonl                              flickr30k-images/, or ../flickr30k
     vcr/        {train,val,test}.jsonl                                      vcr1images/MOVIE/, .jpg and .json
+    vg/ cc3m/ sbu/                                                          see pretraining.py; tar shards: shards.py
 
 `python data.py where NAME` says which official page hands them out. No load touches every picture: a few of each folder
 are looked for, the rest is left to the loaders, which name what they miss, and to `data.py check`, which counts it.
@@ -25,11 +26,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,25 +49,35 @@ FOLDERS = {
     "snli_ve": ("flickr30k-images", "../flickr30k/flickr30k-images", "../flickr30k/images"),
 }
 QUESTIONS = ("vqa", "nlvr2", "nlvr1", "snli_ve", "vcr")  # what has no captions
-NAMES = ("scenes", "coco", "flickr30k", "flickr8k", "nocaps", *QUESTIONS)
+LARGE = ("vg", "cc3m", "sbu")  # captions that lie in a Table
+NAMES = ("scenes", "coco", "flickr30k", "flickr8k", "nocaps", *QUESTIONS, *LARGE)
 TASKS = ("caption", "vqa", "nlvr2", "ve", "vcr")  # what scenes can be asked for
 
 
-def load(name: str, root: str | Path | None = None, task: str = "caption", train_on: str = "train", **scenes_options):
-    """A data set by name, or own data by path, as a Corpus. `root`: its folder, default data/NAME.
+def load(name: str, root: str | Path | None = None, task: str = "caption", train_on: str = "train",
+         keep_test: bool = False, quotes: str = "csv", **scenes_options):
+    """A data set by name, own data by path, or tar shards, as a Corpus. `root`: its folder, default data/NAME.
 
-    task: of scenes, which task (TASKS); another data set has its own. train_on: of vqa, "train", "train+val" or
-    "train+val+vg", see load_vqa. `scenes_options` (world, n_train, n_val, n_test, seed) are those of `load_scenes`.
+    task: of scenes, which task (TASKS); of vg "vqa" for its questions; another data set has its own. train_on: of vqa,
+    see load_vqa. keep_test: of vg and sbu, quotes: of cc3m, see pretraining.py. `scenes_options` (world, n_train,
+    n_val, n_test, seed) are those of `load_scenes`.
     Image ids: COCO's own, Karpathy's imgid for the Flickrs, the index of a scene in its split, own file names, or what
     the data set calls its pictures. Raises UserError for whatever is missing or malformed, saying where it was looked
     for.
     """
+    import pretraining
+    import shards
+
     if name == "scenes":
         return load_scenes(task=task, **scenes_options)
     if name in NAMES:
         root = folder_of(name, root)
         readers = {"vqa": lambda root: load_vqa(root, train_on), "nlvr2": load_nlvr2, "nlvr1": load_nlvr1,
-                   "snli_ve": load_snli_ve, "vcr": load_vcr, "nocaps": load_nocaps}  # fmt: skip
+                   "snli_ve": load_snli_ve, "vcr": load_vcr, "nocaps": load_nocaps,
+                   "vg": partial(pretraining.load_vg_questions if task == "vqa" else pretraining.load_vg,
+                                 keep_test=keep_test),
+                   "sbu": partial(pretraining.load_sbu, keep_test=keep_test),
+                   "cc3m": partial(pretraining.load_cc3m, quotes=quotes)}  # fmt: skip
         try:
             if not root.is_dir():
                 raise UserError(f"{name}: the folder {root} does not exist; put the data there or pass --root")
@@ -74,29 +87,54 @@ def load(name: str, root: str | Path | None = None, task: str = "caption", train
     path = Path(name)
     if path.suffix.lower() in (".jsonl", ".csv") or (path / "captions.txt").is_file():
         return data.load_own(path)
+    if shards.are_meant(name):
+        return pretraining.load_shards(name)
     if path.exists():
-        raise UserError(f"{name} is not own data: pass a .jsonl, a .csv, or a folder with captions.txt")
+        raise UserError(f"{name} is not own data: pass a .jsonl, a .csv, a folder with captions.txt, or tar shards")
     nearest = difflib.get_close_matches(name.lower(), NAMES, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"data set {name!r} is not known: it is {', '.join(NAMES)} or the path of own data{hint}")
 
 
-def of_run(cfg, task: str) -> Corpus:
-    """The corpus that a run's config names, for `task`: caption, or one of questions, statements, hypotheses."""
-    return load(cfg.data, cfg.root or None, task, cfg.train_on, world=cfg.world, n_train=cfg.train_scenes,
-                n_val=cfg.val_items, n_test=cfg.test_scenes)  # fmt: skip
+def parts_of(spec: str) -> list[tuple[str, float]]:
+    """The (data set, weight) of each part of --data: coco,vg:0.5,shards/cc3m-{000..331}.tar. Commas within braces, or
+    in the name of a file that is there, part nothing."""
+    names = [spec] if Path(spec).exists() else re.split(r",(?![^{]*\})", spec)
+    parts = []
+    for name in map(str.strip, names):
+        found = re.fullmatch(r"(.+):([\d.eE+-]+)", name)
+        name, weight = (found[1], found[2]) if found and not Path(name).exists() else (name, "1")
+        try:
+            parts.append((name, float(weight)))
+        except ValueError:
+            weight = "nan"
+        if not name or not 0 < float(weight) < math.inf:
+            raise UserError(f"--data {spec}: name data sets, each with a weight above 0 or without one, such as "
+                            "coco,vg:0.5,cc3m")  # fmt: skip
+    for name, n in Counter(name for name, _ in parts).items():
+        if n > 1:
+            raise UserError(f"--data {spec}: {name} comes {n} times; name it once and give it a weight, {name}:{n}")
+    return parts
 
 
 TRAIN_ON = ("train", "train+val", "train+val+vg")  # of vqa
 
 
-def check_task(task: str, name: str) -> None:
-    """UserError where data set `name` has not what the task trains on."""
-    of = {"vqa": ("vqa",), "nlvr2": ("nlvr2", "nlvr1"), "ve": ("snli_ve",), "vcr": ("vcr",)}.get(task)
-    if of and name not in ("scenes", *of):
-        raise UserError(f"--task {task} needs questions about pictures: --data scenes or {' or '.join(of)}, not {name}")
-    if not of and name in QUESTIONS:
-        raise UserError(f"--data {name} has questions, no captions, which --task {task} trains on: choose other data")
+def check_task(task: str, spec: str) -> None:
+    """UserError where the data sets of --data have not what the task trains on."""
+    parts = parts_of(spec)
+    of = {"vqa": ("vqa", "vg"), "nlvr2": ("nlvr2", "nlvr1"), "ve": ("snli_ve",), "vcr": ("vcr",)}.get(task)
+    for name, _ in parts:
+        if of and (name not in ("scenes", *of) or len(parts) > 1):
+            raise UserError(f"--task {task} needs questions about pictures: --data scenes or {' or '.join(of)}, not "
+                            f"{spec}")  # fmt: skip
+        if not of and name in QUESTIONS:
+            raise UserError(f"--data {name} has questions, no captions, which --task {task} trains on: choose "
+                            "other data")  # fmt: skip
+        if len(parts) > 1 and name in ("scenes", "nocaps"):
+            raise UserError(f"--data {spec}: {name} is not for mixtures, which are of photographs to train on")
+    if task == "scst" and (len(parts) > 1 or parts[0][0] in LARGE or parts[0][0].endswith(".tar")):
+        raise UserError(f"--task scst needs several captions of each picture, as COCO has, which {spec} has not")
 
 
 def folder_of(name: str, root: str | Path | None = None) -> Path:
@@ -173,7 +211,7 @@ def load_scenes(world="tiny", n_train: int = 20_000, n_val: int = 500, n_test: i
 def texts(corpus: Corpus, world: str = "tiny", most: int = 20_000):
     """What a tokenizer is trained on: the texts of the first `most` training samples, cleaned. Of scenes a tenth of
     that, but of all tasks, so that a fine-tuned model knows its words, as it would with BERT's vocabulary."""
-    samples = [corpus.splits["train"][: most if corpus.name != "scenes" else most // 10]]
+    samples = [first_of(corpus.splits["train"], most if corpus.name != "scenes" else most // 10)]
     if corpus.name == "scenes":
         n = min(1000, len(corpus.splits["train"]))
         samples += [load_scenes(world, n, task=task).splits["train"] for task in ("caption", "vqa", "vcr")]
@@ -183,6 +221,11 @@ def texts(corpus: Corpus, world: str = "tiny", most: int = 20_000):
             if isinstance(item, Choice):
                 said = map(str, (item.question, *item.answers, *item.rationales))
             yield from map(language.clean_caption, said)
+
+
+def first_of(items: Sequence, n: int) -> Sequence:
+    """The first n of training items, or, of a mixture, n from all of its parts."""
+    return items.spread(n) if hasattr(items, "spread") else items[:n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,12 +243,11 @@ class Row(NamedTuple):
 
 
 def _load_captions(name: str, root: Path) -> Corpus:
-    places = (root, root / "karpathy", root / "annotations")
-    files = [file for place in places for file in sorted(place.glob("dataset_*.json"))]
+    files = karpathy_files(root)
     if len(files) > 1:
         raise UserError(f"{name}: two split files, {files[0]} and {files[1]}; leave one of them there")
     if files:
-        rows, notes = _read_karpathy(files[0]), []
+        rows, notes = read_karpathy(files[0]), []
     elif name == "coco" and (years := [year for year in (2014, 2017) if _captions_file(root, "val", year)]):
         # of two releases side by side, the one whose pictures are there
         year = next((year for year in years if (root / f"val{year}").is_dir()), years[0])
@@ -213,8 +255,8 @@ def _load_captions(name: str, root: Path) -> Corpus:
     else:
         also = ", nor annotations/captions_val2014.json or captions_val2017.json" if name == "coco" else ""
         raise UserError(
-            f"{name}: no dataset_*.json in {', '.join(map(str, places))}{also}; put dataset_{name}.json of Karpathy's "
-            f"caption_datasets.zip into {root}, or pass --root"
+            f"{name}: no dataset_*.json in {root}, {root / 'karpathy'}, {root / 'annotations'}{also}; put "
+            f"dataset_{name}.json of Karpathy's caption_datasets.zip into {root}, or pass --root"
         )
     images = Folders(name, root, notes).resolve(rows)
     splits: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
@@ -222,6 +264,11 @@ def _load_captions(name: str, root: Path) -> Corpus:
     for row, image in zip(rows, images, strict=True):
         splits[row.split].append(Item(row.image_id, image, row.captions))
     return Corpus(name, splits, notes)
+
+
+def karpathy_files(root: Path) -> list[Path]:
+    return [file for place in (root, root / "karpathy", root / "annotations")
+            for file in sorted(place.glob("dataset_*.json"))]  # fmt: skip
 
 
 def _load_json(file: Path, parse=json.loads):
@@ -236,7 +283,7 @@ def _json_lines(file: Path):
     return _load_json(file, lambda text: data.json_lines(text, file))
 
 
-def _read_json(file: Path, *lists: str) -> list[list]:
+def read_json(file: Path, *lists: str) -> list[list]:
     """The lists of these names at the top of an official file."""
     content = _load_json(file)
     for name in lists:
@@ -245,7 +292,7 @@ def _read_json(file: Path, *lists: str) -> list[list]:
     return [content[name] for name in lists]
 
 
-def _fields(record, where: str, **types: type) -> list:
+def fields(record, where: str, **types: type) -> list:
     """The values of these fields of a JSON object. UserError that names one which is missing or of another type."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: an object with {', '.join(types)} is expected, not {str(record)[:60]}")
@@ -268,12 +315,12 @@ def _distinct(ids, what: str) -> None:
             raise UserError(f"{what} {twice} occurs {count} times; every one has an id of its own")
 
 
-def _read_karpathy(file: Path) -> list[Row]:
+def read_karpathy(file: Path) -> list[Row]:
     # restval: the part of val2014 that is in neither val nor test. Every paper trains on it too; without it a quarter
     # of COCO's training images would be lost, and CIDEr's document frequencies would shift.
     names = {"train": "train", "restval": "train", "val": "val", "test": "test"}
     rows = []
-    for number, record in enumerate(_read_json(file, "images")[0]):
+    for number, record in enumerate(read_json(file, "images")[0]):
         where = f"{file}, images[{number}]"
         try:
             split, filename = str(record["split"]), record["filename"]
@@ -316,14 +363,14 @@ def _read_official_coco(root: Path, year: int) -> tuple[list[Row], list[str]]:
 
 def _read_coco_form(file: Path, has_captions: bool = True):
     """(image record, its captions) for each of `images`, of COCO's caption files and NoCaps'."""
-    images, *annotations = _read_json(file, "images", *["annotations"] * has_captions)
+    images, *annotations = read_json(file, "images", *["annotations"] * has_captions)
     captions: dict = {}
     for number, record in enumerate(annotations[0] if annotations else []):
         where = f"{file}, annotations[{number}]"
-        (image_id,) = _fields(record, where, image_id=int)
+        (image_id,) = fields(record, where, image_id=int)
         captions.setdefault(image_id, []).append(data.caption_text(record.get("caption"), where))
     for number, record in enumerate(images):
-        _fields(record, f"{file}, images[{number}]", id=int, file_name=str)
+        fields(record, f"{file}, images[{number}]", id=int, file_name=str)
         yield record, captions.pop(record["id"], [])
     if captions:
         raise UserError(f"{file}: a caption is about image {next(iter(captions))}, which is not in `images`")
@@ -486,7 +533,9 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
                      "train has the rest.")  # fmt: skip
     if train_on == "train+val+vg":
         held_out |= {example.image_ids[0] for example in val}
-        train += _visual_genome_questions(root, vocabulary, held_out, notes)
+        from pretraining import vqa_questions
+
+        train += vqa_questions(root, vocabulary, held_out, notes)
     hidden = {"server_test": parts.get("test2015", ()), "server_test_dev": parts.get("test-dev2015", ())}
     return Corpus("vqa", {"train": train, "val": val, **hidden}, notes, answers=vocabulary)
 
@@ -494,20 +543,20 @@ def load_vqa(root: Path, train_on: str = "train") -> Corpus:
 def _read_vqa(questions: Path, annotations: Path | None, folder: str) -> tuple[list[Example], list[str]]:
     """Questions with Rows for pictures, and the most frequent answers."""
     asked = []
-    for number, record in enumerate(_read_json(questions, "questions")[0]):
+    for number, record in enumerate(read_json(questions, "questions")[0]):
         where = f"{questions}, questions[{number}]"
-        asked.append(_fields(record, where, question_id=int, image_id=int, question=str))
+        asked.append(fields(record, where, question_id=int, image_id=int, question=str))
         data.caption_text(asked[-1][2], where)
     _distinct((question_id for question_id, *_ in asked), f"{questions}: id")
     told, frequent = {}, []
-    for number, record in enumerate(_read_json(annotations, "annotations")[0] if annotations else []):
+    for number, record in enumerate(read_json(annotations, "annotations")[0] if annotations else []):
         where = f"{annotations}, annotations[{number}]"
-        question_id, image_id, *kinds, most, answers = _fields(
+        question_id, image_id, *kinds, most, answers = fields(
             record, where, question_id=int, image_id=int, answer_type=str, question_type=str,
             multiple_choice_answer=str, answers=list)  # fmt: skip
         if len(answers) != 10:
             raise UserError(f"{where}: question {question_id} has {len(answers)} answers, not ten")
-        texts = tuple(_fields(answer, f"{where}, answers", answer=str)[0] for answer in answers)
+        texts = tuple(fields(answer, f"{where}, answers", answer=str)[0] for answer in answers)
         if question_id in told:
             raise UserError(f"{where}: question {question_id} has answers already; every one has an id of its own")
         told[question_id] = image_id, texts, tuple(kinds)
@@ -523,36 +572,6 @@ def _read_vqa(questions: Path, annotations: Path | None, folder: str) -> tuple[l
     if told:
         raise UserError(f"{annotations}: question {next(iter(told))} is not in {questions}")
     return found, frequent
-
-
-def _visual_genome_questions(root: Path, vocabulary: tuple[str, ...], held_out: set, notes: list[str]) -> list[Example]:
-    """Visual Genome's, HERE[data-12]: whose answer is a class, without those about COCO's pictures `held_out`."""
-    place = next((p for p in (root / "vg", root.parent / "vg") if p.is_dir()), root.parent / "vg")
-    files = [next((f for f in (place / name, place / "annotations" / name) if f.is_file()), place / name)
-             for name in ("image_data.json", "question_answers.json")]  # fmt: skip
-    images, asked = map(_load_json, files)
-    coco = {_fields(record, f"{files[0]}[{number}]", image_id=int)[0]: record.get("coco_id")
-            for number, record in enumerate(images if isinstance(images, list) else [images])}  # fmt: skip
-    folders = [place / name for name in ("images/VG_100K", "images/VG_100K_2", "VG_100K", "VG_100K_2")]
-    present = {file.stem: file for folder in folders for file in folder.glob("*.jpg")}
-    if not present:
-        raise UserError(f"vqa: no picture of Visual Genome in {' or '.join(map(str, folders[:2]))}; put them there")
-    known, found, left_out, without = set(vocabulary), [], 0, 0
-    for number, record in enumerate(asked if isinstance(asked, list) else [asked]):
-        for row in _fields(record, f"{files[1]}[{number}]", qas=list)[0]:
-            number_of, image_id, question, answer = _fields(row, f"{files[1]}[{number}], qas", qa_id=int, image_id=int,
-                                                            question=str, answer=str)  # fmt: skip
-            text = language.normalise_answer(answer)
-            if coco.get(image_id) in held_out:
-                left_out += 1
-            elif str(image_id) not in present:
-                without += 1
-            elif text in known:
-                found.append(Example(f"vg-{number_of}", (f"vg-{image_id}",), (present[str(image_id)],), question,
-                                     answers=(text,) * 10, kinds=("other", "vg")))  # fmt: skip
-    notes.append(f"vqa: {len(found):,} questions of Visual Genome are in train; {left_out:,} about pictures of val and "
-                 f"test and {without:,} whose picture is not there are not.")  # fmt: skip
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,11 +592,11 @@ def load_nlvr2(root: Path) -> Corpus:
             continue
         found = []
         for where, record in _json_lines(file):
-            identifier, sentence, label = _fields(record, where, identifier=str, sentence=str, label=str)
+            identifier, sentence, label = fields(record, where, identifier=str, sentence=str, label=str)
             parts = identifier.split("-")
             if len(parts) != 4:
                 raise UserError(f"{where}: identifier {identifier!r} is not split-set-pair-sentence")
-            folder = f"{_fields(record, where, directory=int)[0]}/" if split == "train" else ""
+            folder = f"{fields(record, where, directory=int)[0]}/" if split == "train" else ""
             ids = tuple(f"{'-'.join(parts[:3])}-img{side}" for side in (0, 1))
             rows = tuple(Row(split, i, names[split], f"{folder}{i}.png", ()) for i in ids)
             found.append(Example(identifier, ids, rows, data.caption_text(sentence, where), _truth(label, where),
@@ -599,7 +618,7 @@ def load_nlvr1(root: Path) -> Corpus:
     for split in ("train", "val", "test"):
         file, found = root / f"{split}.jsonl", []
         for where, record in _json_lines(file):
-            identifier, sentence, label, images = _fields(record, where, identifier=str, sentence=str, label=str,
+            identifier, sentence, label, images = fields(record, where, identifier=str, sentence=str, label=str,
                                                           images=list)  # fmt: skip
             if not images:
                 raise UserError(f"{where}: `images` is empty")
@@ -626,7 +645,7 @@ def load_snli_ve(root: Path) -> Corpus:
         file = root / f"snli_ve_{name}.jsonl"
         found = []
         for where, record in _json_lines(file):
-            image_id, pair_id, gold, text = _fields(record, where, Flickr30K_ID=str, pairID=str, gold_label=str,
+            image_id, pair_id, gold, text = fields(record, where, Flickr30K_ID=str, pairID=str, gold_label=str,
                                                     sentence2=str)  # fmt: skip
             if gold == "-":  # the annotators did not agree
                 n_undecided += 1
@@ -676,7 +695,7 @@ def load_vcr(root: Path) -> Corpus:
             continue
         found = []
         for where, record in _json_lines(file):
-            annot_id, img_id, img_fn, metadata_fn, objects, *texts = _fields(
+            annot_id, img_id, img_fn, metadata_fn, objects, *texts = fields(
                 record, where, annot_id=str, img_id=str, img_fn=str, metadata_fn=str, objects=list, question=list,
                 answer_choices=list, rationale_choices=list)  # fmt: skip
             if not all(isinstance(kind, str) for kind in objects):
@@ -687,7 +706,7 @@ def load_vcr(root: Path) -> Corpus:
                 if len(four) != 4 or not all(isinstance(text, list) for text in four):
                     raise UserError(f"{where}: `{kind}` must be four lists of tokens")
             answers, rationales = (tuple(tagged_text(t, objects, where) for t in four) for four in fours)
-            labels = (None, None) if name == "test" else _fields(record, where, answer_label=int, rationale_label=int)
+            labels = (None, None) if name == "test" else fields(record, where, answer_label=int, rationale_label=int)
             if not {*labels} <= {None, 0, 1, 2, 3}:
                 raise UserError(f"{where}: answer_label and rationale_label must be 0 to 3, not {labels}")
             row = Row(split, img_id, "vcr1images", data.below(root, img_fn, where), ())

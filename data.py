@@ -50,11 +50,22 @@ from language import SIDES, Tokenizer, clean_caption, swap_sides
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A picture out of an archive: its bytes, and what to call it in messages."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Item:
     """One image with its captions, as written. `image` is a file, or a scene that is drawn when it is needed."""
 
     image_id: int | str
-    image: Path | scenes.Scene
+    image: Path | Packed | scenes.Scene
     captions: tuple[str, ...]
 
 
@@ -85,7 +96,6 @@ class Tagged:
 
     def __str__(self) -> str:
         return " ".join(self.words)
-
 
 
 @dataclass(frozen=True)
@@ -162,23 +172,24 @@ class BadImage(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def load_image(image: Path | str | scenes.Scene, size: int) -> Image.Image:
-    """A file or an opened picture as an upright PIL RGB image at its own size, or a scene drawn at size x size.
+def load_image(image: Path | str | Packed | scenes.Scene, size: int) -> Image.Image:
+    """A file, its bytes or an opened picture as an upright PIL RGB image of its own size; a scene drawn at size x size.
 
     The content decides on the decoder, not the extension (many of NLVR2's .png files are JPEG). Transparency is laid
     over black, the colour of the padding. Raises BadImage for whatever cannot be read.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image)
-    if not isinstance(image, (str, os.PathLike)):
+    if not isinstance(image, (str, os.PathLike, Packed)):
         return scenes.render(image, size)
     try:
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image.content) if isinstance(image, Packed) else image) as opened:
             return _to_rgb(opened)  # Image.open reads only the header; what is cut off shows here
     except FileNotFoundError:
         raise BadImage(image, "no such file") from None
     except UnidentifiedImageError:
-        reason = "not a picture in a format that Pillow knows" if os.path.getsize(image) else "the file is empty"
+        n_bytes = len(image.content) if isinstance(image, Packed) else os.path.getsize(image)
+        reason = "not a picture in a format that Pillow knows" if n_bytes else "the file is empty"
         raise BadImage(image, reason) from None
     except Exception as error:  # on damaged files the decoders raise nearly everything, struct.error included
         raise BadImage(image, f"{type(error).__name__}: {error}") from error
@@ -374,10 +385,11 @@ class Samples(Dataset):
     """What the samples of all tasks share: a picture or its regions, texts as token ids, one seed for all luck.
 
     Training, key (epoch, index): augmented; the same (seed, epoch, index) gives the same sample in every process.
-    Evaluation, key index: as it is. A picture that cannot be read gives {"image_id", "bad": message}, which the loaders
-    judge. Pictures are uint8 [3, S, S], framed as `frame` says; where `regions` is given (a source of them, see
-    regions.py) they are Regions; where `sides` is given they keep their shape, see `within`: (short, long), or (least,
-    most, long) where each training sample draws its short side; then `size` is that of drawn scenes.
+    Evaluation, key index: as it is. Where `items` has a method of_epoch (mixture.py), it says what a key stands for.
+    A picture that cannot be read gives {"image_id", "bad": message}, which the loaders judge. Pictures are uint8
+    [3, S, S], framed as `frame` says; where `regions` is given (a source of them, see regions.py) they are Regions;
+    where `sides` is given they keep their shape, see `within`: (short, long), or (least, most, long) where each
+    training sample draws its short side; then `size` is that of drawn scenes.
     mirror: the probability that a training sample of Examples or Choices sees the regions of the mirrored picture,
     where the source has them; then left and right change places in its texts.
     """
@@ -394,11 +406,13 @@ class Samples(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        item = self.items[index]
+        image_id = index  # of a packed picture no more is known, where its archive is damaged
         try:
+            item = self.items.of_epoch(epoch, index) if hasattr(self.items, "of_epoch") else self.items[index]
+            image_id = ids_of(item)[0]
             return self.sample(item, random.Random(f"{self.seed}/{epoch}/{index}"))  # the same on every machine
         except BadImage as bad:
-            return {"image_id": ids_of(item)[0], "bad": str(bad)}
+            return {"image_id": image_id, "bad": str(bad)}
 
     def is_mirrored(self, rng: random.Random) -> bool:
         """Drawn for a training sample; where there is nothing to draw, `rng` stays as it is."""
@@ -758,16 +772,23 @@ class TrainBatches:
     resume. Steps run from `start_step` up to, not including, `steps` (None: for ever).
     Where `world` does not divide `batch`, the shares differ by one. `is_second` (bool [n_items]) parts the items into
     two kinds, and batches are of one kind, but for the ends of an epoch: wide pictures and high ones, see `are_wide`.
+    `in_lanes`: ranges (start, stop) of items that lie in archives and are read fast only one behind the other. Each is
+    cut into LANES pieces, and every LANES-th place of the stream takes the next item of the same piece; so a process
+    whose number divides LANES opens archives that no other one reads, but for those at the edges of a piece.
     """
 
+    LANES = 16
+
     def __init__(self, n_items: int, batch: int, rank: int = 0, world: int = 1, seed: int = 0, start_step: int = 0,
-                 steps: int | None = None, is_second: np.ndarray | None = None):
+                 steps: int | None = None, is_second: np.ndarray | None = None,
+                 in_lanes: Sequence[tuple[int, int]] = ()):
         if n_items < 1:
             raise UserError("there is no image to train on: the train split is empty")
         if batch < world:
             raise UserError(f"a batch of {batch} cannot be shared by {world} processes; raise --batch")
         self.n_items, self.batch, self.rank, self.world = n_items, batch, rank, world
-        self.seed, self.start_step, self.steps, self.is_second = seed, start_step, steps, is_second
+        self.seed, self.start_step, self.steps = seed, start_step, steps
+        self.is_second, self.in_lanes = is_second, in_lanes
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, None
@@ -786,7 +807,11 @@ class TrainBatches:
         """A permutation of all items; with two kinds of them, of such batches. What fills no batch stands at the ends,
         and there batches are mixed: two an epoch, or three."""
         luck = np.random.default_rng([self.seed % 2**32, epoch])
-        order = luck.permutation(self.n_items)
+        order = luck.permutation(np.arange(self.n_items, dtype=np.int32))
+        for start, stop in self.in_lanes:
+            places = np.flatnonzero((order >= start) & (order < stop))
+            lanes = (epoch * self.n_items + places) % self.LANES
+            order[places[np.argsort(lanes, kind="stable")]] = np.arange(start, stop)
         if self.is_second is None:
             return order
         kinds = [order[self.is_second[order] == kind] for kind in (False, True)]
@@ -871,7 +896,8 @@ def tell_of_bad(loaders: list[Loader]) -> None:
 def train_loader(dataset: Samples, batch_images: int, workers: int = 0, rank: int = 0, world: int = 1, seed: int = 0,
                  start_step: int = 0, steps: int | None = None, pin: bool = False, is_second=None) -> Loader:
     """Training batches of one process; `batch_images` counts the images of all processes. See TrainBatches."""
-    batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps, is_second)
+    in_lanes = getattr(dataset.items, "in_lanes", ())
+    batches = TrainBatches(len(dataset), batch_images, rank, world, seed, start_step, steps, is_second, in_lanes)
     loader = _data_loader(dataset, workers, batch_sampler=batches, pin_memory=pin)
     return Loader(loader, len(dataset), train=True, rank=rank, world=world)
 

@@ -31,8 +31,8 @@ from PIL import Image
 
 import data
 import scenes
-from common import UserError, choose
-from corpora import folder_of
+from common import UserError, choose, data_name
+from corpora import NAMES, folder_of, parts_of
 from data import BadImage, Choice, Regions
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +45,9 @@ def region_source(kind: str, name: str, root: str | Path | None = None, most: in
     choose("regions", kind, ["files", "grid"])
     if kind == "grid" or name == "scenes":
         return GridRegions() if kind == "grid" else SceneRegions()
+    if len(parts := parts_of(name)) > 1:  # the parent of their folders is named
+        folders = {part: Path(root or "data") / part if part in NAMES else folder_of(part) for part, _ in parts}
+        return MixedRegions({data_name(part): source_in(place / "regions", most) for part, place in folders.items()})
     folder = folder_of(name, root) / "regions"
     if name == "vqa" and not folder.is_dir() and (coco := folder_of(name, root) / "../coco/regions").is_dir():
         folder = coco  # the same pictures under the same ids
@@ -254,6 +257,24 @@ class SceneRegions:
 
     def of_objects(self, item: Choice, mirrored: bool = False) -> Regions:
         return self(item.image_ids[0], item.images[0], mirrored).first(len(item.objects))
+
+
+class MixedRegions:
+    """Of a mixture, whose image ids are NAME/ID, the source of each part; an id without a name is of the first
+    part, which has val and test."""
+
+    note, mirrors = "", False
+
+    def __init__(self, sources: dict):
+        self.sources, self.n_classes = sources, None
+
+    def __call__(self, image_id: int | str, image, mirrored: bool = False) -> Regions:
+        name, _, rest = str(image_id).partition("/")
+        if name not in self.sources or not rest:
+            name, rest = next(iter(self.sources)), image_id
+        source = self.sources[name]
+        source.n_classes = self.n_classes
+        return source(int(rest) if str(rest).isdecimal() and str(int(rest)) == str(rest) else rest, image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

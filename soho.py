@@ -45,6 +45,7 @@ import common
 import corpora
 import data
 import language
+import mixture
 import weights
 from common import UserError
 from tools import ask, compare, exam, finish
@@ -1032,7 +1033,7 @@ def check(cfg: Config) -> None:
 
 
 def load_data(cfg: Config):
-    return corpora.of_run(cfg, cfg.task if cfg.task in QUESTION_TASKS else "caption")
+    return mixture.of_run(cfg, cfg.task if cfg.task in QUESTION_TASKS else "caption")
 
 
 def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
@@ -1058,9 +1059,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {cfg.captions_per_image} captions" * (
-        cfg.captions_per_image > 1)
-    finish.carry_out("soho", f"SOHO ({cfg.task}): {shape}", cfg, checkpoint, model, corpus, machine, started, train,
+    finish.carry_out("soho", f"SOHO ({cfg.task})", cfg, checkpoint, model, corpus, machine, started, train,
                      final_evaluation, "itm" if cfg.task == "pretrain" else cfg.task)  # fmt: skip
 
 

@@ -44,6 +44,7 @@ import data
 import decoding
 import eval as scoring
 import language
+import mixture
 import regions
 import weights
 from common import UserError
@@ -1037,7 +1038,7 @@ def check(cfg: Config) -> None:
 def load_data(cfg: Config):
     """The corpus of the task with its source of regions; cfg learns how many numbers and classes a region has."""
     task = cfg.task if cfg.task in QUESTION_TASKS else "caption"
-    corpus = corpora.of_run(cfg, task)
+    corpus = mixture.of_run(cfg, task)
     regions.attach(corpus, cfg)
     return corpus
 
@@ -1072,8 +1073,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {k} captions" * (k > 1)
-    finish.carry_out("tden", f"TDEN ({cfg.task}): {shape}", cfg, checkpoint, model, corpus, machine, started, train,
+    finish.carry_out("tden", f"TDEN ({cfg.task})", cfg, checkpoint, model, corpus, machine, started, train,
                      final_evaluation, cfg.task)  # fmt: skip
 
 

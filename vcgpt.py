@@ -49,6 +49,7 @@ import data
 import decoding
 import eval as scoring
 import language
+import mixture
 import weights
 from common import UserError
 from tools import compare, finish
@@ -620,7 +621,8 @@ def build(cfg: Config, corpus, checkpoint: Path | None = None) -> VCGPT:
     elif cfg.tokenizer != "none" or gpt2:
         tokenizer = language.Tokenizer.from_pretrained(cfg.tokenizer if cfg.tokenizer != "none" else cfg.gpt2)
     else:
-        texts = [language.clean_caption(text) for item in corpus.splits["train"][:20000] for text in item.captions]
+        items = corpora.first_of(corpus.splits["train"], 20000)
+        texts = [language.clean_caption(text) for item in items for text in item.captions]
         tokenizer = language.Tokenizer.train(texts, cfg.vocab_size)
     if gpt2 is None and checkpoint is None:
         cfg.vocab_size = tokenizer.vocab_size
@@ -877,8 +879,7 @@ def check(cfg: Config) -> None:
 
 
 def load_data(cfg: Config):
-    return corpora.load(cfg.data, cfg.root or None, world=cfg.world, n_train=cfg.train_scenes, n_val=cfg.val_items,
-                        n_test=cfg.test_scenes)  # fmt: skip
+    return mixture.of_run(cfg)
 
 
 def caption_files(paths: list[str], given: dict) -> None:
@@ -925,8 +926,8 @@ def main(argv: list[str] | None = None) -> None:
     corpus = load_data(cfg)
     if "train" not in corpus.splits:
         raise UserError(f"{corpus.name} has no training split, only {', '.join(corpus.splits) or 'all empty'}")
-    if cfg.data not in corpora.NAMES and cfg.task != "scst":  # own data often has one caption a picture: once is enough
-        most = max(len(item.captions) for item in corpus.splits["train"])
+    if isinstance(corpus.splits["train"], list) and cfg.data not in corpora.NAMES and cfg.task != "scst":
+        most = max(len(item.captions) for item in corpus.splits["train"])  # own data often has one a picture: enough
         cfg.captions_per_image = min(cfg.captions_per_image, most)
     images = cfg.batch // cfg.captions_per_image
     if images < machine.processes:
@@ -935,8 +936,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / images)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    shape = f"{cfg.steps} steps of {images} pictures x {cfg.captions_per_image} captions"
-    finish.carry_out("vcgpt", f"VC-GPT ({cfg.variant}, {cfg.task}): {shape}", cfg, checkpoint, model, corpus, machine,
+    finish.carry_out("vcgpt", f"VC-GPT ({cfg.variant}, {cfg.task})", cfg, checkpoint, model, corpus, machine,
                      started, train, final_evaluation, cfg.task)  # fmt: skip
 
 

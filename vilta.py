@@ -49,6 +49,7 @@ import common
 import corpora
 import data
 import language
+import mixture
 import weights
 from common import UserError
 from tools import ask, compare, exam, finish, negatives
@@ -1063,7 +1064,7 @@ def check(cfg: Config) -> None:
 
 
 def load_data(cfg: Config):
-    return corpora.of_run(cfg, cfg.task if cfg.task in QUESTION_TASKS else "caption")
+    return mixture.of_run(cfg, cfg.task if cfg.task in QUESTION_TASKS else "caption")
 
 
 def evaluate_run(cfg: Config, checkpoint: Path, machine, folder: Path) -> dict:
@@ -1090,9 +1091,8 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg, corpus, checkpoint)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(corpus.splits["train"]) / pictures)
     cfg.eval_every = cfg.eval_every or math.ceil(cfg.steps / 5)
-    k, arm = cfg.captions_per_image, f", {cfg.arm}" if cfg.task == "pretrain" else ""
-    shape = f"{cfg.steps} steps of {pictures} pictures" + f" x {k} captions" * (k > 1)
-    finish.carry_out("vilta", f"ViLTA ({cfg.task}{arm}): {shape}", cfg, checkpoint, model, corpus, machine, started,
+    arm = f", {cfg.arm}" if cfg.task == "pretrain" else ""
+    finish.carry_out("vilta", f"ViLTA ({cfg.task}{arm})", cfg, checkpoint, model, corpus, machine, started,
                      train, final_evaluation, "itm" if cfg.task == "pretrain" else cfg.task)  # fmt: skip
 
 

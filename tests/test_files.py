@@ -17,11 +17,13 @@ from papers import ROOT
 import common
 
 MODELS = ["tden", "vcgpt", "soho", "vilta"]
-GROUND = ["common", "language", "data", "corpora", "regions", "eval", "scenes"]
+GROUND = ["common", "language", "data", "corpora", "table", "shards", "pretraining", "mixture", "regions", "eval",
+          "scenes"]  # fmt: skip
 SECTIONS = ["Config", "Blocks", "Model", "Corruption", "Losses", "Step", "Heads", "Decoding", "Official weights",
             "Training", "Evaluation", "Main"]  # fmt: skip
 LIMITS = {**{(name,): 1100 for name in MODELS}, ("common",): 900, ("eval",): 900, ("scenes",): 1000,
-          ("data", "corpora"): 1900, ("regions",): 400}  # fmt: skip
+          ("data", "corpora"): 1900, ("regions",): 400,
+          **{(name,): 500 for name in ("table", "shards", "pretraining", "mixture")}}  # fmt: skip
 BANNER = r"^# -{20,}\n# (.+)"  # the title comment below a line of dashes
 
 

@@ -1,7 +1,6 @@
 """Finished runs side by side: what --eval-only of every model file does."""
 
 import dataclasses
-from pathlib import Path
 
 import common
 from common import UserError
@@ -30,7 +29,8 @@ def evaluate_runs(sources: list[str], given: dict, model_name, config_class, fla
             folder.mkdir(exist_ok=True)
             common.write_json(folder / "config.json", {"model": model_name, **dataclasses.asdict(cfg), "task": "eval"})
         for name, column in evaluate(cfg, checkpoint, machine, folder).items():
-            title, heading = ("", name) if len(found) == 1 else (name, source + f" on {Path(cfg.data).stem}" * is_mixed)
+            about = f" on {common.data_name(cfg.data)}" * is_mixed
+            title, heading = ("", name) if len(found) == 1 else (name, source + about)
             tables.setdefault(title, {})[heading] = column
     for title, columns in tables.items():  # empty on all processes but the first
         print(f"\n{title}\n{common.table(columns)}")

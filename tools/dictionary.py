@@ -372,7 +372,7 @@ def main(argv=None) -> None:
     out = Path(args.out or run)
     out.mkdir(parents=True, exist_ok=True)
     told = (f"{summary(rows, model.dictionary.embed)}, in {len(cells.code):,} cells of {len(samples)} "
-            f"pictures ({Path(cfg.data).stem}, {split})")  # fmt: skip
+            f"pictures ({common.data_name(cfg.data)}, {split})")  # fmt: skip
     draw_dictionary(out / "dictionary.png", told, rows[: args.codes])
     firsts = [cells.where(cells.picture == i) for i in range(min(6, len(samples)))]
     examples = [(" / ".join(item.captions[:2]) or str(item.image_id), draw_map(samples[i]["pixels"], some, 360))

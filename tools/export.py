@@ -12,6 +12,10 @@ train is restval. test_compositional, whose colour-shape pairs are new, goes whe
 its labels: NLVR2's test2, VQA's test2015 (test-dev2015 is its part without them), and NoCaps, where it is the domains:
 in-domain is test, near-domain has a new pair among known ones, out-domain nothing else.
 
+Of what is for pre-training, vg and sbu have no splits: scenes of val and test are among the rest, as test pictures of
+COCO and Flickr30k are in the real ones, and the ids below tell which. cc3m and cc3m_json have train and val. Links die:
+of their train, and of sbu, every tenth picture is missing, though its row is there.
+
 Ids. A sample's number counts over all splits of the export, in the order train, val, test, test_compositional:
     coco, coco2017   cocoid = number + 1, Karpathy's imgid = number
     flickr30k, 8k    imgid = number; the file is named by 1000000000 + number
@@ -20,17 +24,26 @@ Ids. A sample's number counts over all splits of the export, in the order train,
     nlvr2, nlvr1     {train,dev,test1,test2}-GROUP-PAIR-SENTENCE; {train,dev,test}-GROUP-PAIR, the pair in one picture
     snli_ve          Flickr30K_ID = 1000000000 + number; pairID = its file, then #0r1 and the label's first letter
     vcr              {train,val,test}-INDEX, the index being that of the split; server labels are left out
+    vg               image_id = number + 1, which is coco_id too for every second picture, the others have none;
+                     flickr_id = 1000000000 + number for every third: the ids of the coco and flickr30k layouts
+    cc3m, cc3m_json  the row in the file of its split, from 1; names of cc3m_json are numbers of seven digits, from 0;
+                     region files are ROW of train and val-ROW of val
+    sbu              row = number + 1; the photo in the address is 1000000000 + number, as in flickr30k
 
 Files are written into a folder of another name, which gets its own at the end: what has stopped is not taken for whole.
-Reading map: the folder | captions | VQA | NLVR | SNLI-VE | VCR | the command.
+Reading map: the folder | captions | VQA | NLVR | SNLI-VE | VCR | Visual Genome | CC3M and SBU | the command.
 """
 
 from __future__ import annotations
 
 import base64
+import csv
 import difflib
+import itertools
 import json
+import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -73,8 +86,9 @@ class Folder:
 
     def picture(self, name: str, image: scenes.Scene | Image.Image) -> None:
         image = scenes.render(image, self.size) if isinstance(image, scenes.Scene) else image
-        # without subsampling, which would mix the colours of thin stripes
-        image.save(self.place(name), **{"quality": 95, "subsampling": 0} if name.endswith(".jpg") else {})
+        # JPEG, also of no extension; without subsampling, which would mix the colours of thin stripes
+        options = {} if name.endswith(".png") else {"format": "JPEG", "quality": 95, "subsampling": 0}
+        image.save(self.place(name), **options)
 
     def detect(self, part: str, image_id: int | str, scene: scenes.Scene, objects: int = 0) -> None:
         """Writes what a detector would say of the scene: a file of its own, or a line in that of this part of the set.
@@ -362,6 +376,96 @@ def vcr_tokens(tokens: tuple) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Visual Genome
+
+
+def write_vg(out: Folder, corpus: corpora.Corpus) -> None:
+    images, described, asked = [], [], []
+    region_ids, qa_ids = itertools.count(1), itertools.count(1)
+    for number, split, _, item in numbered(corpus, "train", "val", "test"):
+        scene, image_id = item.image, number + 1
+        file = f"VG_100K_2/{image_id}.jpg" if image_id % 2 else f"VG_100K/{image_id}.jpg"
+        out.picture(f"images/{file}", scene)
+        out.detect(split, image_id, scene)
+        images.append({"image_id": image_id, "url": f"https://example.org/{file}", "width": out.size,
+                       "height": out.size, "coco_id": image_id if number % 2 == 0 else None,
+                       "flickr_id": FIRST_FILE + number if number % 3 == 0 else None})  # fmt: skip
+        regions = [{"region_id": next(region_ids), "image_id": image_id, "phrase": phrase, "x": x, "y": y,
+                    "width": width, "height": height}
+                   for phrase, (x, y, width, height) in phrases(scene, out.size)]  # fmt: skip
+        described.append({"id": image_id, "regions": regions})
+        qas = [{"qa_id": next(qa_ids), "image_id": image_id, "question": question.text,
+                "answer": Counter(question.answers).most_common(1)[0][0], "a_objects": [], "q_objects": []}
+               for question in scenes.questions(scene)]  # fmt: skip
+        asked.append({"id": image_id, "qas": qas})
+    out.json("annotations/image_data.json", images)
+    out.json("annotations/region_descriptions.json", described)
+    out.json("annotations/question_answers.json", asked)
+
+
+def phrases(scene: scenes.Scene, size: int) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """(phrase, (x, y, width, height)) in whole pixels: captions, of all of the picture, and each object in its box."""
+    rng = random.Random(f"phrases {scene.world.name} {scene.seed} {scene.split} {scene.index}")
+    found = [(text, (0, 0, size, size)) for text in scenes.captions(scene, 8)]
+    for o, (x1, y1, x2, y2) in zip(scene.objects, object_boxes(scene, size), strict=True):
+        x, y = math.floor(x1), math.floor(y1)  # outwards: the object lies in it whole
+        text = scenes.realise(scenes.Exists(scenes.describe(o, rng)), rng, phrase=True)  # "a small red disc"
+        found.append((text, (x, y, math.ceil(x2) - x, math.ceil(y2) - y)))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CC3M and SBU: addresses of pictures, one caption each
+
+DEAD = 10  # one link in so many
+
+
+def conceptual_pictures(out: Folder, corpus: corpora.Corpus, file_of) -> dict[str, list[tuple[str, str]]]:
+    """Writes the pictures whose link lives. file_of: (split, row from 1) -> the name of its file. Returns (file,
+    caption) of every row of train and val, dead links included."""
+    rows = {"train": [], "val": []}
+    for _, split, index, item in numbered(corpus, *rows):
+        row = index + 1
+        rows[split].append((file_of(split, row), item.captions[0]))
+        if split == "val" or row % DEAD:
+            out.picture(file_of(split, row), item.image)
+            out.detect(split, row if split == "train" else f"val-{row}", item.image)
+    return rows
+
+
+def write_cc3m(out: Folder, corpus: corpora.Corpus) -> None:
+    """The two tables that are handed out, and the pictures under the number of their row, as xmodaler has them."""
+    rows = conceptual_pictures(out, corpus, lambda split, row: f"images_{split}/{row}.jpg")
+    for split, name in (("train", "Train_GCC-training.tsv"), ("val", "Validation_GCC-1.1.0-Validation.tsv")):
+        with open(out.place(name), "w", encoding="utf-8", newline="") as table:
+            writer = csv.writer(table, delimiter="\t", quotechar='"', lineterminator="\n")
+            writer.writerows((caption, f"https://example.org/{file}") for file, caption in rows[split])
+
+
+def write_cc3m_json(out: Folder, corpus: corpora.Corpus) -> None:
+    """ViLT's form (dandelin/ViLT:DATA.md): files have no extension, a folder the first four of their seven digits."""
+
+    def file_of(split: str, row: int) -> str:
+        digits = f"{row - 1:07d}"
+        return f"images_{split}/{digits[:4]}/{digits}"
+
+    for split, rows in conceptual_pictures(out, corpus, file_of).items():
+        out.json(f"{split}_annot.json", rows)
+
+
+def write_sbu(out: Folder, corpus: corpora.Corpus) -> None:
+    listed = {"image_urls": [], "user_ids": [], "captions": []}
+    for number, split, _, item in numbered(corpus, "train", "val", "test"):
+        listed["image_urls"].append(f"http://static.flickr.com/2723/{FIRST_FILE + number}_b0f291553e.jpg")
+        listed["user_ids"].append(f"{10_000_000 + number}@N00")
+        listed["captions"].append(item.captions[0])
+        if (number + 1) % DEAD:
+            out.picture(f"images/{number + 1}.jpg", item.image)
+            out.detect(split, number + 1, item.image)
+    out.json("sbu-captions-all.json", listed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 LAYOUTS = {  # name -> what writes it, its name in corpora.py, the task of the scenes
@@ -375,6 +479,10 @@ LAYOUTS = {  # name -> what writes it, its name in corpora.py, the task of the s
     "nlvr1": (write_nlvr1, "nlvr1", "nlvr2"),
     "snli_ve": (write_snli_ve, "snli_ve", "ve"),
     "vcr": (write_vcr, "vcr", "vcr"),
+    "vg": (write_vg, "vg", "caption"),
+    "cc3m": (write_cc3m, "cc3m", "caption"),
+    "cc3m_json": (write_cc3m_json, "cc3m", "caption"),
+    "sbu": (write_sbu, "sbu", "caption"),
 }
 
 
@@ -427,7 +535,7 @@ def main(argv=None) -> None:
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     print(f"wrote {directory} in the form of {options.layout}: {size / 2**20:.1f} MiB. What reads it:")
     print(f"  python data.py check {name} --root {options.directory}")
-    if LAYOUTS[options.layout][2] == "caption" and name != "nocaps":  # which has nothing to train on
+    if LAYOUTS[options.layout][2] == "caption" and name not in ("nocaps", "vg", "cc3m", "sbu"):  # no train, or no test
         print(f"  python vcgpt.py --data {name} --root {options.directory} --preset tiny --steps 3")
 
 

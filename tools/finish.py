@@ -31,6 +31,8 @@ def pictures_of(cfg, corpus, machine: common.Machine, least: int) -> int:
 def carry_out(name: str, title: str, cfg, checkpoint, model, corpus, machine, started: float, train, evaluate, task):
     """A run from its folder to what it says at the end: `train`, then `evaluate` of the best checkpoint; both are the
     model file's. checkpoint: the one that --resume or --init name."""
+    k = cfg.captions_per_image
+    title += f": {cfg.steps} steps of {cfg.batch // k} pictures" + f" x {k} captions" * (k > 1)
     run = common.Run(checkpoint.parent) if cfg.resume else common.Run.create(name, cfg, machine)
     if getattr(model, "answers", ()) and machine.is_main:
         common.write_json(run.path / "answers.json", list(model.answers))

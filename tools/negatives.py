@@ -395,7 +395,7 @@ def main(argv=None) -> None:
     split, items = pictures_of(cfg, args.split, args.pictures)
     found = look(model, items, args.seed)
     told = summary(found, cfg.arm, vilta.writes(cfg))
-    title = f"What {args.run} writes ({Path(cfg.data).stem}, {split})"
+    title = f"What {args.run} writes ({common.data_name(cfg.data)}, {split})"
     run = Path(args.run) if (Path(args.run) / "config.json").is_file() else Path(args.run).resolve().parent
     out = Path(args.out or run / "negatives.html")
     try:

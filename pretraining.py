@@ -1,0 +1,460 @@
+"""What models of pictures and texts are pre-trained on besides COCO: Visual Genome, Conceptual Captions 3M, SBU.
+
+    vg/    annotations/region_descriptions.json, image_data.json (or here)   images/VG_100K/, images/VG_100K_2/
+           question_answers.json, for --task vqa
+    cc3m/  Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv       images_train/ROW.jpg, images_val/ROW.jpg
+           or train_annot.json, val_annot.json: [[file, caption], ...]       the files that they name
+    sbu/   sbu-captions-all.json, or SBU_captioned_photo_dataset_urls.txt    images/NUMBER.jpg
+           and _captions.txt, or annot.json: [[file, caption], ...]          the files that it names
+           or, of the last two, .tar files, see shards.py
+
+A row whose picture is not there is left out, for a fifth of the links that these sets consist of are dead. Rows are
+counted from 1 (YehLi/xmodaler:xmodaler/datasets/images/conceptual_captions.py). Everything is read once, into a Table.
+
+Half of Visual Genome's pictures are COCO's, and some are Flickr30k's; SBU's come from Flickr, too. Those that COCO or
+Flickr30k keep for val and test are left out, or what is tested there would have been trained on.
+
+Reading map: what others test on | which pictures are there | Visual Genome | questions about it | Conceptual Captions,
+SBU.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+import corpora
+import data
+import language
+import shards
+from common import UserError, choose
+from data import Corpus, Example
+from table import Table, Writer, json_list, made_once, read_meta
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What others test on
+
+
+def split_files(root: Path) -> dict[str, Path]:
+    """Karpathy's files of COCO and Flickr30k, which lie beside the folder of a data set: those that are there."""
+    found = {name: corpora.karpathy_files(root.parent / name) for name in ("coco", "flickr30k")}
+    return {name: files[0] for name, files in found.items() if files}
+
+
+def held_out(files: dict[str, Path]) -> tuple[set[int], set[int]]:
+    """COCO's ids of its pictures of val and test; Flickr's numbers of Flickr30k's photographs of val and test."""
+    rows = {name: [row for row in corpora.read_karpathy(file) if row.split != "train"] for name, file in files.items()}
+    photos = (re.match(r"\d+", row.filename) for row in rows.get("flickr30k", ()))
+    return {row.image_id for row in rows.get("coco", ())}, {int(photo[0]) for photo in photos if photo}
+
+
+def without_tests(table: Table, name: str, files: dict[str, Path], keep_test: bool, notes: list[str]) -> Table:
+    """Without the pictures whose column `test` is set, and a note that says how many they are."""
+    n = int((table.column("test") > 0).sum())
+    looked = [f"val and test of {corpus}" for corpus in files]
+    if keep_test:
+        notes.append(f"{name}: {n:,} pictures in {' and '.join(looked) or 'test sets'} are kept (--keep-test).")
+        return table
+    if files:
+        notes.append(f"{name}: {n:,} of {len(table):,} pictures are in {' or '.join(looked)} and are left out.")
+    unknown = [corpus for corpus in ("coco", "flickr30k") if corpus not in files and (name, corpus) != ("sbu", "coco")]
+    if unknown:
+        notes.append(f"{name}: without dataset_{unknown[0]}.json in {table.root.parent / unknown[0]} nobody knows "
+                     f"which pictures {unknown[0]} tests on: if they matter, put it there.")  # fmt: skip
+    return table.chosen(table.column("test") == 0)
+
+
+def parted(name: str, table, notes: list[str]) -> dict:
+    """train, val and test of what has no official ones, HERE[data-16]: a thousand pictures each for val and test, at
+    most a twentieth; of shards the last ones, else by lot, the same each time."""
+    n = len(table)
+    held = min(1000, n // 20)
+    notes.append(f"{name}: no official splits, so val and test are {held:,} pictures each, "
+                 + ("the last of the shards." if isinstance(table, shards.Shards) else "drawn by lot."))  # fmt: skip
+    if isinstance(table, shards.Shards):
+        return {"train": table.part(0, n - 2 * held), "val": table.part(n - 2 * held, n - held),
+                "test": table.part(n - held, n)} if held else {"train": table}  # fmt: skip
+    is_held = np.zeros(n, dtype=np.int8)
+    is_held[np.random.default_rng(0).permutation(n)[: 2 * held]] = [1, 2] * held
+    return {split: table.chosen(is_held == number) for number, split in enumerate(("train", "val", "test"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which pictures are there
+
+
+class NumberedPictures:
+    """The files in these folders and theirs that are named by a number, as number -> name relative to `root`, in a few
+    bytes each."""
+
+    def __init__(self, folders: Sequence[Path], root: Path):
+        numbers, kinds, self.kinds = array("q"), array("i"), {}
+        for folder in folders:
+            for place, inside, files in os.walk(folder):
+                inside.sort()
+                below = os.path.relpath(place, root)
+                for file in files:
+                    stem, dot, ending = file.partition(".")
+                    if stem.isdecimal() and stem.isascii() and len(stem) < 10:
+                        numbers.append(int(stem))
+                        kinds.append(self.kinds.setdefault((below, len(stem), dot + ending), len(self.kinds)))
+        self.kind_of = np.full(max(numbers, default=0) + 1, -1, dtype=np.int32)
+        self.kind_of[np.frombuffer(numbers, np.int64)] = np.frombuffer(kinds, np.int32)
+        self.forms = list(self.kinds)
+
+    def get(self, number: int) -> str | None:
+        kind = int(self.kind_of[number]) if 0 <= number < len(self.kind_of) else -1
+        if kind < 0:
+            return None
+        below, width, ending = self.forms[kind]
+        return f"{below}/{number:0{width}d}{ending}"
+
+
+@lru_cache(maxsize=64)
+def listing(folder: str) -> frozenset[str]:
+    """The names in a folder; web data lie in thousands of folders, which annotation files go through in order."""
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
+def is_there(file: str) -> bool:
+    folder, name = os.path.split(file)
+    return name in listing(folder)
+
+
+def first_folder(root: Path, *names: str) -> Path:
+    """The first of them that is a folder. UserError where none is."""
+    found = next((root / name for name in names if (root / name).is_dir()), None)
+    if not found:
+        raise UserError(f"none of the folders {', '.join(names)} is in {root}; put the pictures there")
+    return found
+
+
+def made(root: Path, name: str, sources: Sequence[Path], fill, columns: Sequence[str] = (), **settings) -> Table:
+    """The Table that `fill(writer)` writes, the first time. UserError where it is empty."""
+
+    def write(folder: Path) -> str:
+        listing.cache_clear()
+        with Writer(folder, columns) as writer:
+            fill(writer)
+        return f"{name}: {writer.n:,} pictures, {writer.n_captions:,} captions"
+
+    table = Table.open(made_once(root, name, sources, write, **settings), root)
+    if not len(table):
+        lost = {what: n for what, n in read_meta(table.folder).items() if n}
+        raise UserError(f"{name}: {sources[0]} has no caption whose picture is there ({lost or 'no rows'}); put the "
+                        f"pictures into {sources[-1]}")  # fmt: skip
+    return table
+
+
+def tell_of_lost(table: Table, name: str, notes: list[str], **words: str) -> None:
+    """A note for each count in the table's meta that is not 0; words: what was left out."""
+    meta = read_meta(table.folder)
+    notes += [f"{name}: {meta[count]:,} {words[count]} left out." for count in words if meta.get(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Visual Genome
+
+
+def load_vg(root: Path, keep_test: bool = False) -> Corpus:
+    """train, val and test, each picture with its different phrases about regions; see `parted`. Image ids are its own.
+
+    HERE[data-14]: phrases are used as they are, without their boxes. `keep_test`: with the pictures that COCO and
+    Flickr30k test on; without it, COCO's split file must be there.
+    """
+    regions, images = (vg_file(root, name) for name in ("region_descriptions.json", "image_data.json"))
+    folders = [root / name for name in ("images", "VG_100K", "VG_100K_2") if (root / name).is_dir()]
+    if not folders:
+        raise UserError(f"vg: no picture in images/VG_100K or images/VG_100K_2 of {root}; put them there")
+    files = split_files(root)
+    if "coco" not in files and not keep_test:
+        raise UserError(f"vg: half of its pictures are COCO's, and dataset_coco.json says which of them are for tests: "
+                        f"put it into {root.parent / 'coco'}, or take the risk with --keep-test")  # fmt: skip
+    table = made(root, "vg", [regions, images, *files.values(), *folders],
+                 partial(_fill_vg, root, regions, images, folders, files), ("test",), tests=sorted(files))  # fmt: skip
+    notes: list[str] = []
+    tell_of_lost(table, "vg", notes, empty="empty phrases", unknown="phrases about pictures that image_data.json lacks",
+                 without="pictures that are not there", bare="pictures without a phrase")  # fmt: skip
+    return Corpus("vg", parted("vg", without_tests(table, "vg", files, keep_test, notes), notes), notes)
+
+
+def vg_file(root: Path, name: str) -> Path:
+    file = next((f for f in (root / name, root / "annotations" / name) if f.is_file()), None)
+    if not file:
+        raise UserError(f"vg: no {name} in {root} or its annotations/; put it there")
+    return file
+
+
+def vg_images(file: Path) -> Iterator[tuple[int, int | None, int | None]]:
+    """image_data.json: (image id, its id in COCO, its number at Flickr) of each picture."""
+    for where, record in json_list(file):
+        (image_id,) = corpora.fields(record, where, image_id=int)
+        yield image_id, record.get("coco_id"), record.get("flickr_id")
+
+
+def _fill_vg(root: Path, regions: Path, images: Path, folders: list[Path], files: dict[str, Path], writer: Writer):
+    coco, flickr = held_out(files)
+    known = {image_id: int(of_coco in coco) or 2 * (photo in flickr) for image_id, of_coco, photo in vg_images(images)}
+    present = NumberedPictures(folders, root)
+    lost = dict.fromkeys(("empty", "unknown", "without", "bare"), 0)
+    for where, record in json_list(regions):
+        image_id, described = corpora.fields(record, where, id=int, regions=list)
+        phrases = [corpora.fields(region, where, phrase=str)[0] for region in described]
+        phrases = [" ".join(phrase.split()) for phrase in phrases]
+        different = list(dict.fromkeys(filter(None, phrases)))
+        lost["empty"] += phrases.count("")
+        if image_id not in known:
+            lost["unknown"] += len(phrases)
+        elif not (file := present.get(image_id)):
+            lost["without"] += 1
+        elif not different:
+            lost["bare"] += 1
+        else:
+            writer.add(image_id, file, different, test=known[image_id])
+    writer.meta.update(lost)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions about it
+
+
+def load_vg_questions(root: Path, keep_test: bool = False) -> Corpus:
+    """train, val and test of Visual Genome's questions, split by pictures; Corpus.answers as VQA's."""
+    files = split_files(root)
+    if "coco" not in files and not keep_test:
+        return load_vg(root)  # which says what is missing
+    coco, flickr = held_out({} if keep_test else files)
+    found, notes = [], []
+    present = NumberedPictures([root / name for name in ("images", "VG_100K", "VG_100K_2")], root)
+    about = vg_images(vg_file(root, "image_data.json"))
+    tests = {image_id for image_id, of_coco, photo in about if of_coco in coco or photo in flickr}
+    lost = 0
+    for number, image_id, question, answer in vg_questions(vg_file(root, "question_answers.json")):
+        file = present.get(image_id)
+        if image_id in tests or not file:
+            lost += 1
+            continue
+        found.append(Example(number, (image_id,), (root / file,), data.caption_text(question, "vg"),
+                             answers=(language.normalise_answer(answer),) * 10, kinds=("other", "vg")))  # fmt: skip
+    notes.append(f"vg: {lost:,} questions about pictures of val or test of COCO and Flickr30k, or about pictures that "
+                 "are not there, are left out.")  # fmt: skip
+    if not found:
+        raise UserError(f"vg: no question about a picture that is in {root}; put its pictures there")
+    pictures = list(dict.fromkeys(example.image_ids[0] for example in found))
+    held = min(1000, len(pictures) // 20)
+    by_lot = np.random.default_rng(0).permutation(len(pictures))
+    split_of = dict.fromkeys(pictures, "train")
+    split_of |= {pictures[i]: ("val", "test")[n % 2] for n, i in enumerate(by_lot[: 2 * held])}
+    splits: dict[str, list] = {"train": [], "val": [], "test": []}
+    for example in found:
+        splits[split_of[example.image_ids[0]]].append(example)
+    return Corpus("vg", splits, notes, answers=corpora.answer_vocabulary(found))
+
+
+def vqa_questions(root: Path, vocabulary: Sequence[str], held_out: set, notes: list[str]) -> list[Example]:
+    """For VQA's training, HERE[data-12]: those whose answer is a class, without those about COCO's pictures `held_out`.
+    vg/ lies below VQA's root or beside it."""
+    place = next((p for p in (root / "vg", root.parent / "vg") if p.is_dir()), root.parent / "vg")
+    coco = {image_id: of_coco for image_id, of_coco, _ in vg_images(vg_file(place, "image_data.json"))}
+    present = NumberedPictures([place / name for name in ("images", "VG_100K", "VG_100K_2")], place)
+    if not present.forms:
+        raise UserError(f"vqa: no picture of Visual Genome in images/VG_100K or images/VG_100K_2 of {place}; put them "
+                        "there")  # fmt: skip
+    known, found, left_out, without = set(vocabulary), [], 0, 0
+    for number, image_id, question, answer in vg_questions(vg_file(place, "question_answers.json")):
+        text, file = language.normalise_answer(answer), present.get(image_id)
+        if coco.get(image_id) in held_out:
+            left_out += 1
+        elif not file:
+            without += 1
+        elif text in known:
+            found.append(Example(f"vg-{number}", (f"vg-{image_id}",), (place / file,), question, answers=(text,) * 10,
+                                 kinds=("other", "vg")))  # fmt: skip
+    notes.append(f"vqa: {len(found):,} questions of Visual Genome are in train; {left_out:,} about pictures of val and "
+                 f"test and {without:,} whose picture is not there are not.")  # fmt: skip
+    return found
+
+
+def vg_questions(file: Path) -> Iterator[tuple[int, int, str, str]]:
+    """question_answers.json: (question id, image id, question, answer)."""
+    for where, record in json_list(file):
+        for row in corpora.fields(record, where, qas=list)[0]:
+            yield tuple(corpora.fields(row, f"{where}, qas", qa_id=int, image_id=int, question=str, answer=str))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conceptual Captions, SBU
+
+TSV = {"train": ("Train_GCC-training.tsv", "train.tsv"),
+       "val": ("Validation_GCC-1.1.0-Validation.tsv", "validation.tsv", "val.tsv")}  # fmt: skip
+QUOTES = ("csv", "none")
+
+
+def load_cc3m(root: Path, quotes: str = "csv") -> Corpus:
+    """train and val, from TSV files, from lists in JSON, or from tar shards. Image ids are row numbers, from 1, of val
+    val-1 and so on, for both files count from 1.
+
+    quotes: "csv" reads TSV files as xmodaler does, where a double quote opens a cell that may hold line breaks, so that
+    some rows merge and all later ones get lower numbers; "none" takes every line for a row.
+    """
+    choose("quotes", quotes, QUOTES)
+    splits, notes = {}, []
+    for split, folders in (("train", ("images_train", "training", "train", "images")),
+                           ("val", ("images_val", "validation", "val"))):  # fmt: skip
+        file = next((root / name for name in TSV[split] if (root / name).is_file()), None)
+        listed = root / f"{split}_annot.json"
+        if file:
+            splits[split] = from_rows("cc3m", root, partial(tsv_rows, file, quotes), [file], split, folders, notes,
+                                      quotes=quotes)  # fmt: skip
+        elif listed.is_file():
+            splits[split] = from_list("cc3m", root, listed, split, notes)
+    if "val" in splits:
+        splits["val"].prefix = "val-"
+    if "train" not in splits and any(root.glob("*.tar")):
+        return load_shards(str(root), "cc3m")
+    if "train" not in splits:
+        raise UserError(f"cc3m: neither {TSV['train'][0]} nor train_annot.json nor a .tar is in {root}; put it there")
+    return Corpus("cc3m", splits, notes)
+
+
+def load_sbu(root: Path, keep_test: bool = False) -> Corpus:
+    """train, val and test (see `parted`), from JSON, from the two aligned text files, or from tar shards. Photographs
+    that Flickr30k keeps for val and test are known by their address.
+
+    HERE[data-15]: pictures are named, and image ids are, by numbers in the file, from 1, as Conceptual Captions' are.
+    """
+    files = {name: file for name, file in split_files(root).items() if name == "flickr30k"}
+    photos, notes = held_out(files)[1], []
+    whole, listed = root / "sbu-captions-all.json", root / "annot.json"
+    aligned = [root / f"SBU_captioned_photo_dataset_{what}.txt" for what in ("urls", "captions")]
+    if not whole.is_file() and not all(map(Path.is_file, aligned)):
+        if listed.is_file():
+            table = from_list("sbu", root, listed, "all", notes)
+        elif any(root.glob("*.tar")):
+            return load_shards(str(root), "sbu")
+        else:
+            raise UserError(f"sbu: none of {whole.name}, {aligned[0].name}, {listed.name} or a .tar is in {root}")
+        return Corpus("sbu", parted("sbu", table, notes), notes)
+    sources = [whole] if whole.is_file() else aligned
+    table = from_rows("sbu", root, partial(sbu_rows, sources), sources, "all", ("images", "images_train", "train"),
+                      notes, photos, files)  # fmt: skip
+    return Corpus("sbu", parted("sbu", without_tests(table, "sbu", files, keep_test, notes), notes), notes)
+
+
+def tsv_rows(file: Path, quotes: str) -> Iterator[tuple[str, str, str]]:
+    """(where, caption, address) of each row."""
+    csv.field_size_limit(1 << 24)  # a quote left open swallows what follows
+    how = csv.QUOTE_MINIMAL if quotes == "csv" else csv.QUOTE_NONE
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, delimiter="\t", quoting=how)
+            for row in rows:
+                if len(row) < 2:
+                    raise UserError(f"{file}:{rows.line_num}: {len(row)} column, not caption<TAB>address: "
+                                    f"{str(row)[:80]}; is it cut off? Fetch it anew, or mend the line")  # fmt: skip
+                yield f"{file}:{rows.line_num}", row[0], row[1]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as a TSV file ({error}); put the official one there") from None
+
+
+def sbu_rows(files: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
+    """(where, caption, address) of each."""
+    if len(files) == 1:
+        captions, urls = corpora.read_json(files[0], "captions", "image_urls")
+    else:
+        try:
+            urls, captions = (file.read_text("utf-8-sig").rstrip("\n").split("\n") for file in files)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{files[0].parent}: {error}; put the official files there") from None
+    if len(captions) != len(urls):
+        raise UserError(f"{files[0]}: {len(captions):,} captions and {len(urls):,} addresses; fetch it anew")
+    for number, (caption, url) in enumerate(zip(captions, urls, strict=True)):
+        if not isinstance(caption, str) or not isinstance(url, str):
+            raise UserError(f"{files[0]}: number {number + 1} is no text: {caption!r}, {url!r}")
+        yield f"{files[0]}[{number}]", caption, url
+
+
+def from_rows(name: str, root: Path, rows, sources: list[Path], split: str, folders: Sequence[str], notes: list[str],
+              photos: set[int] = frozenset(), tests: dict[str, Path] | None = None, **settings) -> Table:
+    """A Table of rows (where, caption, address) whose picture is a file named by the row's number, from 1."""
+    folder = first_folder(root, *folders)
+
+    def fill(writer: Writer) -> None:
+        present = NumberedPictures([folder], root)
+        without = empty = 0
+        for number, (_, caption, url) in enumerate(rows(), 1):
+            file = present.get(number)
+            if file is None:
+                without += 1
+                continue
+            text = " ".join(caption.split())
+            if not text or data.HALVES.search(text):
+                empty += 1
+                continue
+            photo = re.search(r"/(\d+)_[0-9a-f]+", url) if photos else None
+            writer.add(number, file, (text,), test=2 * bool(photo and int(photo[1]) in photos))
+        writer.meta.update(without=without, empty=empty)
+
+    tests = tests or {}
+    table = made(root, f"{name}-{split}", [*sources, *tests.values(), folder], fill, ("test",), tests=sorted(tests),
+                 **settings)  # fmt: skip
+    tell_of_lost(table, f"{name} {split}", notes, without="rows whose picture is not there", empty="empty captions")
+    return table
+
+
+def from_list(name: str, root: Path, file: Path, split: str, notes: list[str]) -> Table:
+    """A Table of [[file, caption], ...] (dandelin/ViLT:DATA.md)."""
+
+    def fill(writer: Writer) -> None:
+        without = empty = number = 0
+        for number, (where, row) in enumerate(json_list(file), 1):
+            if not isinstance(row, list) or len(row) != 2 or not all(isinstance(cell, str) for cell in row):
+                raise UserError(f"{where}: [file, caption] is expected, not {str(row)[:80]}")
+            image, caption = data.below(root, row[0], where), " ".join(row[1].split())
+            if not is_there(os.path.join(root, image)):
+                without += 1
+            elif not caption or data.HALVES.search(caption):
+                empty += 1
+            else:
+                writer.add(number, image, (caption,), test=0)
+        writer.meta.update(without=without, empty=empty)
+
+    folders = sorted({root / row[0].split("/")[0] for row in _first(file)} & set(root.iterdir())) or [root]
+    table = made(root, f"{name}-{split}", [file, *folders], fill, ("test",))
+    tell_of_lost(table, f"{name} {split}", notes, without="rows whose picture is not there", empty="empty captions")
+    return table
+
+
+def _first(file: Path) -> list:
+    """The first row, where it is one, for where its pictures lie."""
+    row = next((row for _, row in json_list(file)), None)
+    return [row] if isinstance(row, list) and row and isinstance(row[0], str) else []
+
+
+def load_shards(spec: str, name: str = "") -> Corpus:
+    """train, val and test (see `parted`) of tar shards. Image ids are webdataset's keys."""
+    found, notes = shards.Shards(shards.files_of(spec)), []
+    name = name or name_of_shards(spec)
+    for what, said in (("without_caption", "a caption"), ("without_picture", "a picture")):
+        n = sum(meta[what]["n"] for meta in found.metas)
+        first = next((f"{file.name}: {meta[what]['first'][0]}"
+                      for file, meta in zip(found.files, found.metas, strict=True) if meta[what]["n"]), "")  # fmt: skip
+        notes += [f"{name}: {n:,} samples without {said} are left out, the first: {first}."] if n else []
+    return Corpus(name, parted(name, found, notes), notes)
+
+
+def name_of_shards(spec: str) -> str:
+    """shards/cc3m-{00000..00331}.tar -> cc3m; a folder's own name."""
+    path = Path(spec)
+    stem = path.name if path.is_dir() else re.sub(r"\{[^}]*\}|\*|\.tar$", "", path.name).strip("-_. ")
+    return re.sub(r"[^\w-]+", "-", stem) or path.resolve().parent.name
