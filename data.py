@@ -292,9 +292,10 @@ def within(image: Image.Image, short: int, long: int) -> torch.Tensor:
     return large.round().to(torch.uint8)
 
 
-def are_wide(items: Sequence) -> np.ndarray:
+def are_wide(items: Sequence) -> np.ndarray | None:
     """bool [len(items)]: is the (first) picture wider than high? Scenes are square. Files are asked for their headers
-    alone, by many threads; one that cannot be read counts as not wide, and is named when its turn comes."""
+    alone, by many threads; one that cannot be read counts as not wide, and is named when its turn comes. None for a
+    mixture: what its items are changes with the epoch, and millions of headers would take hours."""
     def is_wide(path) -> bool:
         try:
             with Image.open(path) as image:
@@ -305,6 +306,8 @@ def are_wide(items: Sequence) -> np.ndarray:
         except Exception:  # whatever the decoders raise
             return False
 
+    if hasattr(items, "of_epoch"):
+        return None
     if isinstance(files_of(items[0])[0], scenes.Scene):
         return np.zeros(len(items), dtype=bool)
     files = [files_of(item)[0] for item in items]
@@ -773,8 +776,9 @@ class TrainBatches:
     Where `world` does not divide `batch`, the shares differ by one. `is_second` (bool [n_items]) parts the items into
     two kinds, and batches are of one kind, but for the ends of an epoch: wide pictures and high ones, see `are_wide`.
     `in_lanes`: ranges (start, stop) of items that lie in archives and are read fast only one behind the other. Each is
-    cut into LANES pieces, and every LANES-th place of the stream takes the next item of the same piece; so a process
-    whose number divides LANES opens archives that no other one reads, but for those at the edges of a piece.
+    cut into LANES pieces, and every LANES-th place of the stream takes, where its item is of the range, the next one of
+    the same piece. So where `world` divides LANES and `batch`, a process opens archives that no other one reads, but
+    for those at the edges of a piece. With `is_second` that order is lost.
     """
 
     LANES = 16

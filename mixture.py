@@ -4,9 +4,10 @@
     --data coco:2,vg:0.5,cc3m          an epoch goes twice over COCO's captions, and over half of Visual Genome's
     --data "coco,shards/cc3m-{00000..00331}.tar"
 
-An item is a caption with its picture, or, where --captions-per-image is k, k captions of one picture. Of Visual
-Genome's 50 phrases a picture --phrases are drawn anew in each epoch; of all others each caption comes once. A data set
-of n items and weight w has w n of an epoch's items, and its items come equally often: with 0.5 every second epoch.
+An item is a caption with its picture, or, where --captions-per-image is k, k captions of one picture. In a pass over a
+data set each caption comes once, but of Visual Genome's 50 phrases a picture --phrases, drawn anew in each pass, and of
+a picture in tar shards, which is one item, one. A data set of n items and weight w has w n of an epoch's items; passes
+follow one another without regard to epochs, so with 0.5 each item comes once in two epochs.
 
 val and test are those of the first data set.
 
@@ -15,9 +16,11 @@ Reading map: a part | the mixture | what a run asks for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +29,7 @@ import numpy as np
 import corpora
 import shards
 from common import UserError
-from data import Corpus, Item
+from data import BadImage, Corpus, Item
 from table import Table
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ class Part:
     """A data set within a mixture, HERE[data-17]: pass after pass over its items, of which an epoch takes the next `n`.
 
     items: a Table or Shards. captions: how many make an item; of each picture at most `most` are drawn in a pass (0:
-    all). `seed` rules which and in what order.
+    all). `seed` rules which and in what order. Of Shards an item is a picture with all that it has.
     """
 
     def __init__(self, name: str, items: Table | shards.Shards, weight: float = 1.0, captions: int = 1, most: int = 0,
@@ -103,8 +106,12 @@ class Mixture(Sequence):
         return item if len(self.parts) == 1 else Item(f"{part.name}/{item.image_id}", item.image, item.captions)
 
     def spread(self, n: int) -> list[Item]:
-        """n items from everywhere in it, or all: what a tokenizer is trained on."""
-        return [self[i * len(self) // n] for i in range(n)] if n < len(self) else self[:]
+        """n items from everywhere in it, or all, without those that cannot be read: what a tokenizer is trained on."""
+        found = []
+        for i in range(n := min(n, len(self))):
+            with contextlib.suppress(BadImage):
+                found.append(self[i * len(self) // n])
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +125,8 @@ def of_run(cfg, task: str = "caption") -> Corpus:
     parts = corpora.parts_of(cfg.data)
     options = dict(task=task, train_on=getattr(cfg, "train_on", "train"), keep_test=cfg.keep_test, quotes=cfg.quotes)
     if len(parts) == 1:
+        if parts[0][1] != 1:
+            raise UserError(f"--data {cfg.data}: a weight is for one data set of several; leave it out")
         corpus = corpora.load(parts[0][0], cfg.root or None, world=cfg.world, n_train=cfg.train_scenes,
                               n_val=cfg.val_items, n_test=cfg.test_scenes, **options)  # fmt: skip
         if not isinstance(corpus.splits.get("train"), Table | shards.Shards):
@@ -136,6 +145,9 @@ def mixed(loaded: Sequence[tuple[Corpus, float]], phrases: int = 5, seed: int = 
     for corpus, _ in loaded:
         if "train" not in corpus.splits:
             raise UserError(f"{corpus.name} has no train split to be mixed; leave it out")
+    name, n = Counter(corpus.name for corpus, _ in loaded).most_common(1)[0]
+    if n > 1:  # image ids, and the files of their regions, go by these names
+        raise UserError(f"{n} data sets are called {name}; give one of the folders or files another name")
     tables = [split if isinstance(split := corpus.splits["train"], Table | shards.Shards) else Table.of(split)
               for corpus, _ in loaded]  # fmt: skip
     most = [phrases if corpus.name == "vg" else 0 for corpus, _ in loaded]
@@ -152,9 +164,6 @@ def mixed(loaded: Sequence[tuple[Corpus, float]], phrases: int = 5, seed: int = 
     for part in parts if len(parts) > 1 else ():
         share = part.n / len(train)
         notes.append(f"{part.name}: {len(part.items):,} pictures, {part.n:,} items an epoch ({share:.1%}).")
-    named = {part.name for part in parts}
-    if len(named) < len(parts):
-        raise UserError(f"two data sets are called {parts[-1].name}; give one of the folders or files another name")
     others = {name: items for name, items in loaded[0][0].splits.items() if name != "train"}
     notes += [f"val and test are {parts[0].name}'s."] if len(parts) > 1 and others else []
     return Corpus("+".join(part.name for part in parts), {"train": train, **others}, _without_splits(notes))

@@ -12,7 +12,8 @@ A row whose picture is not there is left out, for a fifth of the links that thes
 counted from 1 (YehLi/xmodaler:xmodaler/datasets/images/conceptual_captions.py). Everything is read once, into a Table.
 
 Half of Visual Genome's pictures are COCO's, and some are Flickr30k's; SBU's come from Flickr, too. Those that COCO or
-Flickr30k keep for val and test are left out, or what is tested there would have been trained on.
+Flickr30k keep for val and test are left out, or what is tested there would have been trained on. Which they are,
+dataset_coco.json and dataset_flickr30k.json say, in the folders coco/ and flickr30k/ beside that of the data set.
 
 Reading map: what others test on | which pictures are there | Visual Genome | questions about it | Conceptual Captions,
 SBU.
@@ -24,7 +25,8 @@ import csv
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,32 +45,31 @@ from table import Table, Writer, json_list, made_once, read_meta
 
 
 def split_files(root: Path) -> dict[str, Path]:
-    """Karpathy's files of COCO and Flickr30k, which lie beside the folder of a data set: those that are there."""
-    found = {name: corpora.karpathy_files(root.parent / name) for name in ("coco", "flickr30k")}
-    return {name: files[0] for name, files in found.items() if files}
+    """Karpathy's files of COCO and Flickr30k, which lie beside the folder of a data set: those that are there. By their
+    names, for caption_datasets.zip has all of them in one folder."""
+    return {name: file for name in ("coco", "flickr30k") for file in corpora.karpathy_files(root.parent / name)
+            if file.name == f"dataset_{name}.json"}  # fmt: skip
 
 
 def held_out(files: dict[str, Path]) -> tuple[set[int], set[int]]:
     """COCO's ids of its pictures of val and test; Flickr's numbers of Flickr30k's photographs of val and test."""
     rows = {name: [row for row in corpora.read_karpathy(file) if row.split != "train"] for name, file in files.items()}
-    photos = (re.match(r"\d+", row.filename) for row in rows.get("flickr30k", ()))
+    photos = (re.match(r"\d{1,18}", str(row.filename)) for row in rows.get("flickr30k", ()))
     return {row.image_id for row in rows.get("coco", ())}, {int(photo[0]) for photo in photos if photo}
 
 
 def without_tests(table: Table, name: str, files: dict[str, Path], keep_test: bool, notes: list[str]) -> Table:
     """Without the pictures whose column `test` is set, and a note that says how many they are."""
-    n = int((table.column("test") > 0).sum())
-    looked = [f"val and test of {corpus}" for corpus in files]
-    if keep_test:
-        notes.append(f"{name}: {n:,} pictures in {' and '.join(looked) or 'test sets'} are kept (--keep-test).")
-        return table
+    n = int(table.column("test").sum())
     if files:
-        notes.append(f"{name}: {n:,} of {len(table):,} pictures are in {' or '.join(looked)} and are left out.")
-    unknown = [corpus for corpus in ("coco", "flickr30k") if corpus not in files and (name, corpus) != ("sbu", "coco")]
-    if unknown:
-        notes.append(f"{name}: without dataset_{unknown[0]}.json in {table.root.parent / unknown[0]} nobody knows "
-                     f"which pictures {unknown[0]} tests on: if they matter, put it there.")  # fmt: skip
-    return table.chosen(table.column("test") == 0)
+        left = "are kept (--keep-test)" if keep_test else "are left out"
+        notes.append(f"{name}: {n:,} of {len(table):,} pictures are in val or test of {' or '.join(files)} and {left}.")
+    elif keep_test:
+        notes.append(f"{name}: pictures that others test on are kept (--keep-test), and nobody knows how many.")
+    if "flickr30k" not in files and not keep_test:
+        notes.append(f"{name}: without dataset_flickr30k.json in {table.root.parent / 'flickr30k'} nobody knows which "
+                     "pictures flickr30k tests on: if they matter, put it there.")  # fmt: skip
+    return table if keep_test else table.chosen(table.column("test") == 0)
 
 
 def parted(name: str, table, notes: list[str]) -> dict:
@@ -91,26 +92,31 @@ def parted(name: str, table, notes: list[str]) -> dict:
 
 
 class NumberedPictures:
-    """The files in these folders and theirs that are named by a number, as number -> name relative to `root`, in a few
-    bytes each."""
+    """The pictures in these folders and theirs that are named by a number, as number -> name relative to `root`, in a
+    few bytes each. What lies beside them, such as 12.json, is none."""
+
+    ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+    MOST = 1 << 26  # higher numbers are of no row, and an array up to them would be large
 
     def __init__(self, folders: Sequence[Path], root: Path):
-        numbers, kinds, self.kinds = array("q"), array("i"), {}
+        numbers, kinds, forms = array("q"), array("i"), {}
         for folder in folders:
-            for place, inside, files in os.walk(folder):
+            for place, inside, files in os.walk(folder, followlinks=True):
                 inside.sort()
                 below = os.path.relpath(place, root)
-                for file in files:
+                for file in sorted(files):
                     stem, dot, ending = file.partition(".")
-                    if stem.isdecimal() and stem.isascii() and len(stem) < 10:
+                    is_number = stem.isdecimal() and stem.isascii() and int(stem) < self.MOST
+                    if is_number and (dot + ending).lower() in self.ENDINGS:
                         numbers.append(int(stem))
-                        kinds.append(self.kinds.setdefault((below, len(stem), dot + ending), len(self.kinds)))
-        self.kind_of = np.full(max(numbers, default=0) + 1, -1, dtype=np.int32)
-        self.kind_of[np.frombuffer(numbers, np.int64)] = np.frombuffer(kinds, np.int32)
-        self.forms = list(self.kinds)
+                        kinds.append(forms.setdefault((below, len(stem), dot + ending), len(forms)))
+        kind_of = np.full(max(numbers, default=-1) + 1, -1, dtype=np.int32)
+        kind_of[np.frombuffer(numbers, np.int64)] = np.frombuffer(kinds, np.int32)
+        self.kind_of = memoryview(kind_of)  # three times as fast, number by number
+        self.forms = list(forms)  # (folder, digits, ending)
 
     def get(self, number: int) -> str | None:
-        kind = int(self.kind_of[number]) if 0 <= number < len(self.kind_of) else -1
+        kind = self.kind_of[number] if 0 <= number < len(self.kind_of) else -1
         if kind < 0:
             return None
         below, width, ending = self.forms[kind]
@@ -122,21 +128,13 @@ def listing(folder: str) -> frozenset[str]:
     """The names in a folder; web data lie in thousands of folders, which annotation files go through in order."""
     try:
         return frozenset(os.listdir(folder))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
         return frozenset()
 
 
 def is_there(file: str) -> bool:
     folder, name = os.path.split(file)
     return name in listing(folder)
-
-
-def first_folder(root: Path, *names: str) -> Path:
-    """The first of them that is a folder. UserError where none is."""
-    found = next((root / name for name in names if (root / name).is_dir()), None)
-    if not found:
-        raise UserError(f"none of the folders {', '.join(names)} is in {root}; put the pictures there")
-    return found
 
 
 def made(root: Path, name: str, sources: Sequence[Path], fill, columns: Sequence[str] = (), **settings) -> Table:
@@ -151,8 +149,8 @@ def made(root: Path, name: str, sources: Sequence[Path], fill, columns: Sequence
     table = Table.open(made_once(root, name, sources, write, **settings), root)
     if not len(table):
         lost = {what: n for what, n in read_meta(table.folder).items() if n}
-        raise UserError(f"{name}: {sources[0]} has no caption whose picture is there ({lost or 'no rows'}); put the "
-                        f"pictures into {sources[-1]}")  # fmt: skip
+        raise UserError(f"{name}: {sources[0]} has no caption whose picture is there ({lost or 'it is empty'}); put "
+                        f"the pictures below {root}, by the names that the head of pretraining.py says")  # fmt: skip
     return table
 
 
@@ -173,19 +171,33 @@ def load_vg(root: Path, keep_test: bool = False) -> Corpus:
     Flickr30k test on; without it, COCO's split file must be there.
     """
     regions, images = (vg_file(root, name) for name in ("region_descriptions.json", "image_data.json"))
-    folders = [root / name for name in ("images", "VG_100K", "VG_100K_2") if (root / name).is_dir()]
-    if not folders:
-        raise UserError(f"vg: no picture in images/VG_100K or images/VG_100K_2 of {root}; put them there")
+    tests = vg_tests(root, keep_test)
+    table = made(root, "vg", [regions, images, *tests.values(), *vg_folders(root)],
+                 partial(_fill_vg, root, regions, images, tests), ("test",))  # fmt: skip
+    notes: list[str] = []
+    tell_of_lost(table, "vg", notes, empty="empty phrases", unknown="phrases about pictures that image_data.json lacks",
+                 without="pictures that are not there", bare="pictures without a phrase")  # fmt: skip
+    return Corpus("vg", parted("vg", without_tests(table, "vg", tests, keep_test, notes), notes), notes)
+
+
+def vg_tests(root: Path, keep_test: bool) -> dict[str, Path]:
     files = split_files(root)
     if "coco" not in files and not keep_test:
         raise UserError(f"vg: half of its pictures are COCO's, and dataset_coco.json says which of them are for tests: "
                         f"put it into {root.parent / 'coco'}, or take the risk with --keep-test")  # fmt: skip
-    table = made(root, "vg", [regions, images, *files.values(), *folders],
-                 partial(_fill_vg, root, regions, images, folders, files), ("test",), tests=sorted(files))  # fmt: skip
-    notes: list[str] = []
-    tell_of_lost(table, "vg", notes, empty="empty phrases", unknown="phrases about pictures that image_data.json lacks",
-                 without="pictures that are not there", bare="pictures without a phrase")  # fmt: skip
-    return Corpus("vg", parted("vg", without_tests(table, "vg", files, keep_test, notes), notes), notes)
+    return files
+
+
+def vg_folders(root: Path) -> list[Path]:
+    return [root / name for name in ("images", "VG_100K", "VG_100K_2") if (root / name).is_dir()]
+
+
+def vg_pictures(root: Path) -> NumberedPictures:
+    present = NumberedPictures(vg_folders(root), root)
+    if not present.forms:
+        raise UserError(f"vg: no picture of Visual Genome in images/VG_100K or images/VG_100K_2 of {root}; put them "
+                        "there")  # fmt: skip
+    return present
 
 
 def vg_file(root: Path, name: str) -> Path:
@@ -199,28 +211,32 @@ def vg_images(file: Path) -> Iterator[tuple[int, int | None, int | None]]:
     """image_data.json: (image id, its id in COCO, its number at Flickr) of each picture."""
     for where, record in json_list(file):
         (image_id,) = corpora.fields(record, where, image_id=int)
+        if "coco_id" not in record:
+            raise UserError(f"{where}: no `coco_id`, which tells COCO's tests; put the official file there")
+        for name in ("coco_id", "flickr_id"):  # where it is a text, it would never be found
+            if record.get(name) is not None:
+                corpora.fields(record, where, **{name: int})
         yield image_id, record.get("coco_id"), record.get("flickr_id")
 
 
-def _fill_vg(root: Path, regions: Path, images: Path, folders: list[Path], files: dict[str, Path], writer: Writer):
-    coco, flickr = held_out(files)
-    known = {image_id: int(of_coco in coco) or 2 * (photo in flickr) for image_id, of_coco, photo in vg_images(images)}
-    present = NumberedPictures(folders, root)
+def _fill_vg(root: Path, regions: Path, images: Path, tests: dict[str, Path], writer: Writer) -> None:
+    coco, photos = held_out(tests)
+    known = {image_id: of_coco in coco or photo in photos for image_id, of_coco, photo in vg_images(images)}
+    present = vg_pictures(root)
     lost = dict.fromkeys(("empty", "unknown", "without", "bare"), 0)
     for where, record in json_list(regions):
         image_id, described = corpora.fields(record, where, id=int, regions=list)
-        phrases = [corpora.fields(region, where, phrase=str)[0] for region in described]
-        phrases = [" ".join(phrase.split()) for phrase in phrases]
+        phrases = [" ".join(corpora.fields(region, where, phrase=str)[0].split()) for region in described]
         different = list(dict.fromkeys(filter(None, phrases)))
-        lost["empty"] += phrases.count("")
         if image_id not in known:
             lost["unknown"] += len(phrases)
         elif not (file := present.get(image_id)):
             lost["without"] += 1
-        elif not different:
-            lost["bare"] += 1
         else:
-            writer.add(image_id, file, different, test=known[image_id])
+            lost["empty"] += phrases.count("")
+            lost["bare"] += not different
+            if different:
+                writer.add(image_id, file, different, test=known[image_id])
     writer.meta.update(lost)
 
 
@@ -230,24 +246,23 @@ def _fill_vg(root: Path, regions: Path, images: Path, folders: list[Path], files
 
 def load_vg_questions(root: Path, keep_test: bool = False) -> Corpus:
     """train, val and test of Visual Genome's questions, split by pictures; Corpus.answers as VQA's."""
-    files = split_files(root)
-    if "coco" not in files and not keep_test:
-        return load_vg(root)  # which says what is missing
-    coco, flickr = held_out({} if keep_test else files)
-    found, notes = [], []
-    present = NumberedPictures([root / name for name in ("images", "VG_100K", "VG_100K_2")], root)
+    coco, photos = held_out({} if keep_test else vg_tests(root, keep_test))
+    present = vg_pictures(root)
     about = vg_images(vg_file(root, "image_data.json"))
-    tests = {image_id for image_id, of_coco, photo in about if of_coco in coco or photo in flickr}
-    lost = 0
-    for number, image_id, question, answer in vg_questions(vg_file(root, "question_answers.json")):
+    in_test = {image_id: of_coco in coco or photo in photos for image_id, of_coco, photo in about}
+    found, lost = [], Counter()
+    for where, number, image_id, question, answer in vg_questions(vg_file(root, "question_answers.json")):
         file = present.get(image_id)
-        if image_id in tests or not file:
-            lost += 1
-            continue
-        found.append(Example(number, (image_id,), (root / file,), data.caption_text(question, "vg"),
-                             answers=(language.normalise_answer(answer),) * 10, kinds=("other", "vg")))  # fmt: skip
-    notes.append(f"vg: {lost:,} questions about pictures of val or test of COCO and Flickr30k, or about pictures that "
-                 "are not there, are left out.")  # fmt: skip
+        if image_id not in in_test:
+            lost["that image_data.json lacks"] += 1
+        elif in_test[image_id]:
+            lost["of val or test of coco or flickr30k"] += 1
+        elif not file:
+            lost["that are not there"] += 1
+        else:
+            found.append(Example(number, (image_id,), (root / file,), data.caption_text(question, where),
+                                 answers=(language.normalise_answer(answer),) * 10, kinds=("other", "vg")))  # fmt: skip
+    notes = [f"vg: {n:,} questions about pictures {which} are left out." for which, n in lost.items()]
     if not found:
         raise UserError(f"vg: no question about a picture that is in {root}; put its pictures there")
     pictures = list(dict.fromkeys(example.image_ids[0] for example in found))
@@ -261,19 +276,16 @@ def load_vg_questions(root: Path, keep_test: bool = False) -> Corpus:
     return Corpus("vg", splits, notes, answers=corpora.answer_vocabulary(found))
 
 
-def vqa_questions(root: Path, vocabulary: Sequence[str], held_out: set, notes: list[str]) -> list[Example]:
-    """For VQA's training, HERE[data-12]: those whose answer is a class, without those about COCO's pictures `held_out`.
+def vqa_questions(root: Path, vocabulary: Sequence[str], tested_on: set, notes: list[str]) -> list[Example]:
+    """For VQA's training, HERE[data-12]: those whose answer is a class, without those about COCO's `tested_on`.
     vg/ lies below VQA's root or beside it."""
     place = next((p for p in (root / "vg", root.parent / "vg") if p.is_dir()), root.parent / "vg")
     coco = {image_id: of_coco for image_id, of_coco, _ in vg_images(vg_file(place, "image_data.json"))}
-    present = NumberedPictures([place / name for name in ("images", "VG_100K", "VG_100K_2")], place)
-    if not present.forms:
-        raise UserError(f"vqa: no picture of Visual Genome in images/VG_100K or images/VG_100K_2 of {place}; put them "
-                        "there")  # fmt: skip
+    present = vg_pictures(place)
     known, found, left_out, without = set(vocabulary), [], 0, 0
-    for number, image_id, question, answer in vg_questions(vg_file(place, "question_answers.json")):
+    for _, number, image_id, question, answer in vg_questions(vg_file(place, "question_answers.json")):
         text, file = language.normalise_answer(answer), present.get(image_id)
-        if coco.get(image_id) in held_out:
+        if coco.get(image_id) in tested_on:
             left_out += 1
         elif not file:
             without += 1
@@ -285,11 +297,11 @@ def vqa_questions(root: Path, vocabulary: Sequence[str], held_out: set, notes: l
     return found
 
 
-def vg_questions(file: Path) -> Iterator[tuple[int, int, str, str]]:
-    """question_answers.json: (question id, image id, question, answer)."""
+def vg_questions(file: Path) -> Iterator[tuple[str, int, int, str, str]]:
+    """question_answers.json: (where, question id, image id, question, answer)."""
     for where, record in json_list(file):
         for row in corpora.fields(record, where, qas=list)[0]:
-            yield tuple(corpora.fields(row, f"{where}, qas", qa_id=int, image_id=int, question=str, answer=str))
+            yield where, *corpora.fields(row, f"{where}, qas", qa_id=int, image_id=int, question=str, answer=str)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +310,7 @@ def vg_questions(file: Path) -> Iterator[tuple[int, int, str, str]]:
 TSV = {"train": ("Train_GCC-training.tsv", "train.tsv"),
        "val": ("Validation_GCC-1.1.0-Validation.tsv", "validation.tsv", "val.tsv")}  # fmt: skip
 QUOTES = ("csv", "none")
+LOST = {"without": "rows whose picture is not there", "empty": "empty captions"}
 
 
 def load_cc3m(root: Path, quotes: str = "csv") -> Corpus:
@@ -314,7 +327,7 @@ def load_cc3m(root: Path, quotes: str = "csv") -> Corpus:
         file = next((root / name for name in TSV[split] if (root / name).is_file()), None)
         listed = root / f"{split}_annot.json"
         if file:
-            splits[split] = from_rows("cc3m", root, partial(tsv_rows, file, quotes), [file], split, folders, notes,
+            splits[split] = from_rows("cc3m", root, partial(tsv_rows, file, quotes), [file], split, folders, notes, {},
                                       quotes=quotes)  # fmt: skip
         elif listed.is_file():
             splits[split] = from_list("cc3m", root, listed, split, notes)
@@ -329,30 +342,34 @@ def load_cc3m(root: Path, quotes: str = "csv") -> Corpus:
 
 def load_sbu(root: Path, keep_test: bool = False) -> Corpus:
     """train, val and test (see `parted`), from JSON, from the two aligned text files, or from tar shards. Photographs
-    that Flickr30k keeps for val and test are known by their address.
+    that Flickr30k keeps for val and test are known by their address, which only the first two of these forms have.
 
     HERE[data-15]: pictures are named, and image ids are, by numbers in the file, from 1, as Conceptual Captions' are.
     """
-    files = {name: file for name, file in split_files(root).items() if name == "flickr30k"}
-    photos, notes = held_out(files)[1], []
     whole, listed = root / "sbu-captions-all.json", root / "annot.json"
     aligned = [root / f"SBU_captioned_photo_dataset_{what}.txt" for what in ("urls", "captions")]
-    if not whole.is_file() and not all(map(Path.is_file, aligned)):
-        if listed.is_file():
-            table = from_list("sbu", root, listed, "all", notes)
-        elif any(root.glob("*.tar")):
-            return load_shards(str(root), "sbu")
-        else:
-            raise UserError(f"sbu: none of {whole.name}, {aligned[0].name}, {listed.name} or a .tar is in {root}")
-        return Corpus("sbu", parted("sbu", table, notes), notes)
+    notes: list[str] = []
     sources = [whole] if whole.is_file() else aligned
-    table = from_rows("sbu", root, partial(sbu_rows, sources), sources, "all", ("images", "images_train", "train"),
-                      notes, photos, files)  # fmt: skip
-    return Corpus("sbu", parted("sbu", without_tests(table, "sbu", files, keep_test, notes), notes), notes)
+    if all(map(Path.is_file, sources)):
+        tests = {name: file for name, file in split_files(root).items() if name == "flickr30k"}
+        table = from_rows("sbu", root, partial(sbu_rows, sources), sources, "all", ("images", "images_train", "train"),
+                          notes, tests)  # fmt: skip
+        return Corpus("sbu", parted("sbu", without_tests(table, "sbu", tests, keep_test, notes), notes), notes)
+    if listed.is_file():
+        table = from_list("sbu", root, listed, "all", notes)
+        corpus = Corpus("sbu", parted("sbu", table, notes), notes)
+    elif any(root.glob("*.tar")):
+        corpus = load_shards(str(root), "sbu")
+    else:
+        raise UserError(f"sbu: none of {whole.name}, {aligned[0].name} with {aligned[1].name}, {listed.name} or a .tar "
+                        f"is in {root}; put one there")  # fmt: skip
+    corpus.notes.append(f"sbu: pictures that flickr30k tests on cannot be told without their addresses, which "
+                        f"{whole.name} has, so they are kept.")  # fmt: skip
+    return corpus
 
 
-def tsv_rows(file: Path, quotes: str) -> Iterator[tuple[str, str, str]]:
-    """(where, caption, address) of each row."""
+def tsv_rows(file: Path, quotes: str) -> Iterator[tuple[str, str]]:
+    """(caption, address) of each row."""
     csv.field_size_limit(1 << 24)  # a quote left open swallows what follows
     how = csv.QUOTE_MINIMAL if quotes == "csv" else csv.QUOTE_NONE
     try:
@@ -360,55 +377,57 @@ def tsv_rows(file: Path, quotes: str) -> Iterator[tuple[str, str, str]]:
             rows = csv.reader(lines, delimiter="\t", quoting=how)
             for row in rows:
                 if len(row) < 2:
-                    raise UserError(f"{file}:{rows.line_num}: {len(row)} column, not caption<TAB>address: "
-                                    f"{str(row)[:80]}; is it cut off? Fetch it anew, or mend the line")  # fmt: skip
-                yield f"{file}:{rows.line_num}", row[0], row[1]
+                    raise UserError(f"{file}:{rows.line_num}: not caption<TAB>address: {str(row)[:80]}; is it cut off? "
+                                    "Fetch it anew, or mend the line")  # fmt: skip
+                yield row[0], row[1]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as a TSV file ({error}); put the official one there") from None
 
 
-def sbu_rows(files: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
-    """(where, caption, address) of each."""
+def sbu_rows(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """(caption, address) of each; files: the one in JSON, or those of addresses and of captions."""
     if len(files) == 1:
         captions, urls = corpora.read_json(files[0], "captions", "image_urls")
     else:
-        try:
-            urls, captions = (file.read_text("utf-8-sig").rstrip("\n").split("\n") for file in files)
+        try:  # as bytes, since reading text would take a lone carriage return for the end of a line
+            urls, captions = (file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n") for file in files)
         except (OSError, ValueError) as error:
             raise UserError(f"{files[0].parent}: {error}; put the official files there") from None
     if len(captions) != len(urls):
-        raise UserError(f"{files[0]}: {len(captions):,} captions and {len(urls):,} addresses; fetch it anew")
-    for number, (caption, url) in enumerate(zip(captions, urls, strict=True)):
+        raise UserError(f"{files[-1]}: {len(captions):,} captions for {len(urls):,} addresses in {files[0].name}, so "
+                        "none of them can be trusted; fetch it anew")  # fmt: skip
+    for number, (caption, url) in enumerate(zip(captions, urls, strict=True), 1):
         if not isinstance(caption, str) or not isinstance(url, str):
-            raise UserError(f"{files[0]}: number {number + 1} is no text: {caption!r}, {url!r}")
-        yield f"{files[0]}[{number}]", caption, url
+            raise UserError(f"{files[0]}: number {number} is no text: {str(caption)[:60]}, {str(url)[:60]}; put the "
+                            "official one there")  # fmt: skip
+        yield caption, url
 
 
-def from_rows(name: str, root: Path, rows, sources: list[Path], split: str, folders: Sequence[str], notes: list[str],
-              photos: set[int] = frozenset(), tests: dict[str, Path] | None = None, **settings) -> Table:
-    """A Table of rows (where, caption, address) whose picture is a file named by the row's number, from 1."""
-    folder = first_folder(root, *folders)
+def from_rows(name: str, root: Path, rows: Callable[[], Iterator[tuple[str, str]]], sources: list[Path], split: str,
+              folders: Sequence[str], notes: list[str], tests: dict[str, Path], **settings) -> Table:
+    """A Table of rows (caption, address) whose picture is a file named by the row's number, from 1, in the first of
+    `folders` that is there. `settings`: on which the rows depend besides their sources."""
+    folder = next((root / place for place in folders if (root / place).is_dir()), None)
+    if not folder:
+        raise UserError(f"{name}: none of the folders {', '.join(folders)} is in {root}; put the pictures of "
+                        f"{sources[0].name} there, or take that file away")  # fmt: skip
 
     def fill(writer: Writer) -> None:
-        present = NumberedPictures([folder], root)
+        photos, present = held_out(tests)[1], NumberedPictures([folder], root)
         without = empty = 0
-        for number, (_, caption, url) in enumerate(rows(), 1):
-            file = present.get(number)
+        for number, (caption, url) in enumerate(rows(), 1):
+            file, text = present.get(number), " ".join(caption.split())
             if file is None:
                 without += 1
-                continue
-            text = " ".join(caption.split())
-            if not text or data.HALVES.search(text):
+            elif not text or (not text.isascii() and data.HALVES.search(text)):
                 empty += 1
-                continue
-            photo = re.search(r"/(\d+)_[0-9a-f]+", url) if photos else None
-            writer.add(number, file, (text,), test=2 * bool(photo and int(photo[1]) in photos))
+            else:
+                photo = re.search(r"/(\d{1,18})_[0-9a-f]+", url) if photos else None
+                writer.add(number, file, (text,), test=bool(photo and int(photo[1]) in photos))
         writer.meta.update(without=without, empty=empty)
 
-    tests = tests or {}
-    table = made(root, f"{name}-{split}", [*sources, *tests.values(), folder], fill, ("test",), tests=sorted(tests),
-                 **settings)  # fmt: skip
-    tell_of_lost(table, f"{name} {split}", notes, without="rows whose picture is not there", empty="empty captions")
+    table = made(root, f"{name}-{split}", [*sources, *tests.values(), folder], fill, ("test",), **settings)
+    tell_of_lost(table, f"{name} {split}", notes, **LOST)
     return table
 
 
@@ -416,7 +435,7 @@ def from_list(name: str, root: Path, file: Path, split: str, notes: list[str]) -
     """A Table of [[file, caption], ...] (dandelin/ViLT:DATA.md)."""
 
     def fill(writer: Writer) -> None:
-        without = empty = number = 0
+        without = empty = 0
         for number, (where, row) in enumerate(json_list(file), 1):
             if not isinstance(row, list) or len(row) != 2 or not all(isinstance(cell, str) for cell in row):
                 raise UserError(f"{where}: [file, caption] is expected, not {str(row)[:80]}")
@@ -426,19 +445,14 @@ def from_list(name: str, root: Path, file: Path, split: str, notes: list[str]) -
             elif not caption or data.HALVES.search(caption):
                 empty += 1
             else:
-                writer.add(number, image, (caption,), test=0)
+                writer.add(number, image, (caption,))
         writer.meta.update(without=without, empty=empty)
 
-    folders = sorted({root / row[0].split("/")[0] for row in _first(file)} & set(root.iterdir())) or [root]
-    table = made(root, f"{name}-{split}", [file, *folders], fill, ("test",))
-    tell_of_lost(table, f"{name} {split}", notes, without="rows whose picture is not there", empty="empty captions")
+    # where the pictures lie, whose coming and going is to be noticed
+    folders = sorted(place for place in root.iterdir() if place.is_dir() and place.name != "index")
+    table = made(root, f"{name}-{split}", [file, *folders], fill)
+    tell_of_lost(table, f"{name} {split}", notes, **LOST)
     return table
-
-
-def _first(file: Path) -> list:
-    """The first row, where it is one, for where its pictures lie."""
-    row = next((row for _, row in json_list(file)), None)
-    return [row] if isinstance(row, list) and row and isinstance(row[0], str) else []
 
 
 def load_shards(spec: str, name: str = "") -> Corpus:

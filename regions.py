@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 import scenes
-from common import UserError, choose, data_name
+from common import UserError, choose
 from corpora import NAMES, folder_of, parts_of
 from data import BadImage, Choice, Regions
 
@@ -39,15 +39,17 @@ from data import BadImage, Choice, Regions
 # Sources
 
 
-def region_source(kind: str, name: str, root: str | Path | None = None, most: int | None = None):
+def region_source(kind: str, name: str, root: str | Path | None = None, most: int | None = None,
+                  parts: Sequence[str] = ()):
     """Of a data set: "files", those in regions/ below its folder; "grid", crops; of scenes their own. `most`: how many
-    of each picture are taken from a file. Raises UserError, with the ways on, where there are no files."""
+    of each picture are taken from a file; `parts`: what a mixture calls those of `name`. UserError where there are no
+    files, with the ways on."""
     choose("regions", kind, ["files", "grid"])
     if kind == "grid" or name == "scenes":
         return GridRegions() if kind == "grid" else SceneRegions()
-    if len(parts := parts_of(name)) > 1:  # the parent of their folders is named
-        folders = {part: Path(root or "data") / part if part in NAMES else folder_of(part) for part, _ in parts}
-        return MixedRegions({data_name(part): source_in(place / "regions", most) for part, place in folders.items()})
+    if len(parts) > 1:  # then `root` is the folder above theirs
+        folders = [Path(root or "data") / one if one in NAMES else folder_of(one) for one, _ in parts_of(name)]
+        return MixedRegions(dict(zip(parts, [source_in(folder / "regions", most) for folder in folders], strict=True)))
     folder = folder_of(name, root) / "regions"
     if name == "vqa" and not folder.is_dir() and (coco := folder_of(name, root) / "../coco/regions").is_dir():
         folder = coco  # the same pictures under the same ids
@@ -263,14 +265,14 @@ class MixedRegions:
     """Of a mixture, whose image ids are NAME/ID, the source of each part; an id without a name is of the first
     part, which has val and test."""
 
-    note, mirrors = "", False
+    mirrors = False
 
     def __init__(self, sources: dict):
-        self.sources, self.n_classes = sources, None
+        self.sources, self.n_classes, self.note = sources, None, max(source.note for source in sources.values())
 
     def __call__(self, image_id: int | str, image, mirrored: bool = False) -> Regions:
         name, _, rest = str(image_id).partition("/")
-        if name not in self.sources or not rest:
+        if name not in self.sources:
             name, rest = next(iter(self.sources)), image_id
         source = self.sources[name]
         source.n_classes = self.n_classes
@@ -296,14 +298,15 @@ def attach(corpus, cfg) -> None:
 
     UserError where none of the first 20 can, or where the model of cfg reads regions of other numbers.
     """
-    source, bad = region_source(cfg.regions, cfg.data, cfg.root or None, cfg.max_regions), ""
-    corpus.regions = source
+    items, bad = next(iter(corpus.splits.values())), ""
+    parts = [part.name for part in getattr(items, "parts", ())]  # of a mixture
+    source = corpus.regions = region_source(cfg.regions, cfg.data, cfg.root or None, cfg.max_regions, parts)
     corpus.notes += [source.note] if source.note else []
     if cfg.mirror and not source.mirrors:
         corpus.notes.append("there are no mirrored regions, so --mirror does nothing")
-    for item in next(iter(corpus.splits.values()))[:20]:
+    for index in range(min(20, len(items))):
         try:
-            found = source(data.ids_of(item)[0], data.files_of(item)[0])
+            found = source(data.ids_of(item := items[index])[0], data.files_of(item)[0])
             break
         except BadImage as error:
             bad = bad or error

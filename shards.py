@@ -3,8 +3,8 @@
     --data "shards/cc3m-{00000..00331}.tar"        or a folder of .tar files, or a pattern with *
 
 A shard holds pictures with their captions, the members of each one behind the other: 000010001.jpg, 000010001.txt and
-000010001.json, of which .txt or the `caption` (or `captions`) of .json says what is to be seen. `tools/shards.py` packs
-any data set in this form.
+000010001.json. What is to be seen say the `captions` of .json, else .txt, else the `caption` of .json.
+`tools/shards.py` packs any data set in this form.
 
 At the first start the headers of every shard are read once, for where each picture begins; so that a run knows how many
 there are, can begin anywhere in a shard, and learns of a damaged one before it trains. From then on a shard is read
@@ -61,8 +61,9 @@ def _webdataset():
 
 def files_of(spec: str) -> list[Path]:
     """The shards that are meant, in order. UserError that names those which are not there."""
-    if Path(spec).is_dir():
-        return sorted(Path(spec).glob("*.tar"))
+    path = Path(spec)
+    if path.exists():
+        return sorted(path.glob("*.tar")) if path.is_dir() else [path]
     _webdataset()
     from braceexpand import UnbalancedBracesError, braceexpand  # comes with webdataset
 
@@ -96,20 +97,21 @@ def _index(shard: Path, folder: Path) -> str:
                 member = tar.next()
                 tar.members.clear()  # else it would keep them all
                 key, ending = _name(member, shard) if member else (None, None)
+                if member and key is None:
+                    continue
                 if sample and key != sample["key"]:
                     lacks = _lacks(sample["endings"])
                     found[lacks].append(sample["key"]) if lacks else starts.append(sample["start"])
                     sample = {}
                 if not member:
                     break
-                if key is None:
-                    continue
                 sample = sample or {"key": key, "start": member.offset, "endings": []}
                 if ending in sample["endings"]:
                     raise UserError(f"{shard} holds {member.name} twice; pack it anew")
                 sample["endings"].append(ending)
-            if os.path.getsize(shard) < tar.offset + tarfile.BLOCKSIZE:  # an archive ends with empty blocks
-                raise tarfile.ReadError("it has no end")
+            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a member nor the end is at byte {tar.offset:,}")
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{shard} is damaged or was cut off ({error}): fetch it anew, or leave it out") from None
     except OSError as error:
@@ -149,7 +151,7 @@ def _lacks(endings) -> str:
 class Shards(Sequence):
     """The pictures of all shards in order, or those from `start` to `stop`, as Items: image_id is the key.
 
-    Any of them can be asked for; fast is one behind the other, in up to OPEN shards at a time.
+    Any of them can be asked for; fast is one behind the other, from up to OPEN places at a time.
     """
 
     OPEN = 32
@@ -167,7 +169,7 @@ class Shards(Sequence):
         self.counts = np.clip(self.stop - (ends - counts), 0, counts) - self.first
         self.ends = self.counts.cumsum().tolist()
         self.lines: OrderedDict[tuple, tuple] = OrderedDict()  # of the last passes: their shards, and their ends
-        self.cursors: OrderedDict[int, tuple] = OrderedDict()  # shard -> file, its samples from here on, next number
+        self.cursors: OrderedDict[tuple, tuple] = OrderedDict()  # (shard, next number) -> file, its samples from there
         self.pid = os.getpid()
         if not len(self):
             raise UserError(f"no picture with a caption is in {self.files[0]}" + " and so on" * (len(files) > 1))
@@ -188,6 +190,14 @@ class Shards(Sequence):
         shard = bisect_right(self.ends, index)
         return self.read(shard, int(self.first[shard]) + index - (self.ends[shard - 1] if shard else 0))
 
+    def __iter__(self):
+        """For evaluations, which leave out no picture: UserError where a caption cannot be read."""
+        for index in range(len(self)):
+            try:
+                yield self[index]
+            except BadImage as bad:
+                raise UserError(f"{bad}; mend it, or leave its shard out") from None
+
     def of_pass(self, seed: int, number: int, place: int) -> Item:
         """The item at this place of pass `number`: it has an order of shards of its own, and reads each forwards."""
         if (seed, number) not in self.lines:
@@ -200,30 +210,32 @@ class Shards(Sequence):
         return self.read(order[at], int(self.first[order[at]]) + place - (ends[at - 1] if at else 0))
 
     def read(self, shard: int, number: int) -> Item:
-        """Picture `number` of a shard. BadImage where it is no good; UserError where its shard is gone or another."""
+        """Picture `number` of a shard. BadImage where its caption is no good; UserError where the shard is gone, or is
+        another one of another size."""
         if self.pid != os.getpid():  # a forked worker shares its parent's files, and so where they are read
             self.cursors, self.pid = OrderedDict(), os.getpid()
-        file, samples, at = self.cursors.pop(shard, (None, None, None))
         try:
-            file = file or self._open(shard)
-            if at != number:
-                file.seek(int(self.begins[shard][number]))
-                samples = _samples(file, self.files[shard])
+            file, samples = self.cursors.pop((shard, number), None) or self._open(shard, number)
             sample = next(samples)
         except (OSError, ValueError, tarfile.TarError, StopIteration) as error:
-            why = getattr(error, "strerror", None) or error or "it ends too early"
+            why = getattr(error, "strerror", None) or (error.args[0] if error.args else "it ends too early")
             raise UserError(f"{self.files[shard]} cannot be read any more at its picture {number} ({why}): put it back "
                             "as it was, and go on with --resume") from None  # fmt: skip
-        self.cursors[shard] = file, samples, number + 1
+        if number + 1 == len(self.begins[shard]):
+            file.close()
+        else:
+            self.cursors[shard, number + 1] = file, samples
         while len(self.cursors) > self.OPEN:
             self.cursors.popitem(last=False)[1][0].close()
         return _item(sample, self.files[shard])
 
-    def _open(self, shard: int):
+    def _open(self, shard: int, number: int):
+        """A file, and the samples in it from this one on."""
         file = open(self.files[shard], "rb")
         if os.fstat(file.fileno()).st_size != self.metas[shard]["bytes"]:
             raise ValueError("its size has changed")
-        return file
+        file.seek(int(self.begins[shard][number]))
+        return file, _samples(file, self.files[shard])
 
 
 def _indexed(files: list[Path]) -> list[Path]:
@@ -249,9 +261,8 @@ def _item(sample: dict, shard: Path) -> Item:
     image = Packed(f"{shard}: {sample['__key__']}.{ending}", sample[ending])
     try:
         about = json.loads(sample["json"]) if "json" in sample else {}
-        said = [sample["txt"].decode("utf-8-sig")] if "txt" in sample else [about.get("caption")]
-        said = about.get("captions") or said
-        captions = tuple(data.caption_text(text, image.name) for text in said)
-    except (ValueError, AttributeError, TypeError, UserError) as error:
+        said = about.get("captions") or (sample["txt"].decode("utf-8-sig") if "txt" in sample else about.get("caption"))
+        captions = tuple(data.caption_text(text, image.name) for text in (said if isinstance(said, list) else [said]))
+    except (ValueError, AttributeError, RecursionError, UserError) as error:
         raise BadImage(image.name, f"its caption cannot be read ({error})") from None
     return Item(sample["__key__"], image, captions)

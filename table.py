@@ -9,7 +9,8 @@ processes of a machine share the same pages, and a start opens them without read
     INDEX/ids.int64     and one more such file for each further number of a picture
     INDEX/meta.json     how many, and what was left out
 
-`made_once` writes such a folder at the first start and finds it at the next ones, until a source has changed.
+`made_once` writes such a folder at the first start and finds it at the next ones, until a source has changed; INDEX is
+then NAME-KEY in root/index.
 
 Reading map: texts | the table | writing one | made once | lists in JSON, piece by piece.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,9 +38,11 @@ from data import Item
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
+UTF8 = ("utf-8", "surrogatepass")
+
 
 class Texts(Sequence):
-    """Strings as UTF-8 bytes: blob uint8 [bytes], ends int64 [n]."""
+    """Strings as UTF-8 bytes: blob uint8 [bytes], ends int64 [n]. File names that are no UTF-8 survive, too."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
         self.blob, self.ends = blob, ends
@@ -48,7 +52,7 @@ class Texts(Sequence):
         """In memory."""
         blob, ends = bytearray(), array("q")
         for text in texts:
-            blob += text.encode()
+            blob += text.encode(*UTF8)
             ends.append(len(blob))
         return cls(np.frombuffer(blob, np.uint8), np.frombuffer(ends, np.int64))
 
@@ -56,8 +60,9 @@ class Texts(Sequence):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
         start = int(self.ends[index - 1]) if index else 0
-        return self.blob[start : int(self.ends[index])].tobytes().decode()
+        return self.blob[start : int(self.ends[index])].tobytes().decode(*UTF8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +73,8 @@ class Table(Sequence):
     """Items, made on access. `rows`: which of the written ones, default all, in their order. `prefix`: before each id,
     which is text then.
 
-    Pickled, as for a worker that is spawned, it is the name of its folder: the worker maps the files itself.
+    Pickled, as for a worker that is spawned, it is the name of its folder, and four bytes for each of `rows`: the
+    worker maps the files itself.
     """
 
     def __init__(self, root: Path, names: Texts, captions: Texts, numbers: dict[str, np.ndarray],
@@ -101,7 +107,7 @@ class Table(Sequence):
     def __reduce__(self):
         if self.folder is not None:
             return Table.open, (self.folder, self.root, self.rows, self.prefix)
-        return Table, (self.root, self.names, self.captions, self.numbers, self.rows, None, self.ids)
+        return Table, (self.root, self.names, self.captions, self.numbers, self.rows, None, self.ids, self.prefix)
 
     def chosen(self, rows: np.ndarray) -> Table:
         """Those at these places of this one: an array of numbers, or of truth values, one a picture."""
@@ -144,10 +150,11 @@ def mapped(file: Path, kind=np.int64) -> np.ndarray:
 class Writer:
     """Writes a table picture by picture, at constant memory. Within `with`; `meta`: what else is to be remembered."""
 
-    BUFFERED = 1 << 16  # numbers of each column that wait for the disk
+    BUFFERED = 1 << 12  # captions that wait for the disk, to be encoded many at once
 
     def __init__(self, folder: Path, columns: Sequence[str] = ()):
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in ("names", "captions")}
+        self.texts: dict[str, list[str]] = {"names": [], "captions": []}
         self.columns = {name: array("q") for name in ("names_ends", "captions_ends", "first", "ids", *columns)}
         self.folder, self.meta = folder, {}
         self.n, self.n_captions, self.sizes = 0, 0, {"names": 0, "captions": 0}
@@ -157,20 +164,20 @@ class Writer:
         self.columns["ids"].append(image_id)
         for column, number in numbers.items():
             self.columns[column].append(number)
-        self._text("names", name)
-        for text in captions:
-            self._text("captions", text)
+        self.texts["names"].append(name)
+        self.texts["captions"] += captions
         self.n += 1
         self.n_captions += len(captions)
-        if self.n % self.BUFFERED == 0:
+        if len(self.texts["captions"]) >= self.BUFFERED:
             self._flush()
 
-    def _text(self, kind: str, text: str) -> None:
-        written = self.files[kind].write(text.encode())
-        self.sizes[kind] += written
-        self.columns[f"{kind}_ends"].append(self.sizes[kind])
-
     def _flush(self) -> None:
+        for kind, texts in self.texts.items():
+            encoded = [text.encode(*UTF8) for text in texts]
+            self.files[kind].write(b"".join(encoded))
+            self.columns[f"{kind}_ends"].extend(itertools.accumulate(map(len, encoded), initial=self.sizes[kind]))
+            del self.columns[f"{kind}_ends"][0], texts[:]  # the first is where the texts before these end
+            self.sizes[kind] += sum(map(len, encoded))
         for name, numbers in self.columns.items():
             with open(self.folder / f"{name}.int64", "ab") as file:
                 numbers.tofile(file)
@@ -180,11 +187,12 @@ class Writer:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        for file in self.files.values():
-            file.close()
         if kind is None:
             self.columns["first"].append(self.n_captions)
             self._flush()
+        for file in self.files.values():
+            file.close()
+        if kind is None:
             meta = {"pictures": self.n, "captions": self.n_captions, **self.meta}
             (self.folder / "meta.json").write_text(json.dumps(meta), "utf-8")
 
@@ -196,37 +204,48 @@ FORM = 1  # of the files; another number, and every index is made anew
 
 
 def made_once(root: Path, name: str, sources: Sequence[Path], fill: Callable[[Path], str], **settings) -> Path:
-    """The folder of what `fill(folder)` has written, which is called only where no call before it has seen the same
-    sources (by size and time; a folder, by its own and its folders' times) and settings. It returns what to print.
+    """The folder of what `fill(folder)` has written, meta.json among it. `fill` is called only where no call before it
+    has seen the same sources (by size and time; a folder, by its own time and its folders') and settings. It returns
+    what to print, "" for nothing.
 
     It lies in root/index, or, where nothing can be written there, below ~/.cache/minvlp. Of several processes one
-    writes while the others wait; what has stopped half-way is never taken for whole.
+    writes while the others wait; what has stopped half-way is never taken for whole. Older ones of this name go.
     """
     stamps = [FORM, settings, *([os.path.relpath(path, root), *_stamp(path)] for path in sources)]
-    key = hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()[:16]
-    place = _place_for(root)
-    final = place / f"{name}-{key}"
-    if (final / "meta.json").is_file():
-        return final
-    with _one_at_a_time(place / f"{name}.lock"):
-        if (final / "meta.json").is_file():
+    made = f"{name}-{hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()[:16]}"
+    places = _places_for(root)
+    for final in (place / made for place in places):
+        if _is_whole(final):  # also where this user could not have written it
             return final
-        started, unfinished = time.perf_counter(), place / f"{name}-{key}.unfinished-{os.getpid()}"
+    place = _first_writable(places)
+    final, unfinished = place / made, place / f"{made}.unfinished-{os.getpid()}"
+    with _one_at_a_time(place / f"{name}.lock") as alone:
+        if _is_whole(final):
+            return final
+        started = time.perf_counter()
         try:
-            shutil.rmtree(final, ignore_errors=True)
+            for broken in (final, unfinished):
+                shutil.rmtree(broken, ignore_errors=True)
             unfinished.mkdir()
             told = fill(unfinished)
-            unfinished.rename(final)
+            if not _is_whole(final):  # which without a lock another process may have made meanwhile
+                unfinished.rename(final)
         except OSError as error:
             raise UserError(f"{place}: the index of {name} cannot be written ({error}); make room there") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        for older in place.glob(f"{name}-*"):
+        for older in place.iterdir() if alone else ():
             if older != final and re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}(\.unfinished-\d+)?", older.name):
+                with contextlib.suppress(OSError):
+                    (older / "meta.json").unlink(missing_ok=True)  # first, so that half of it is not taken for whole
                 shutil.rmtree(older, ignore_errors=True)
-        if told:
-            print(f"{told}: indexed once, in {time.perf_counter() - started:.1f} s, in {final}", file=sys.stderr)
+    if told:
+        print(f"{told}: indexed once, in {time.perf_counter() - started:.1f} s, in {final}", file=sys.stderr)
     return final
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "meta.json").is_file()
 
 
 def read_meta(folder: Path) -> dict:
@@ -245,27 +264,33 @@ def _stamp(path: Path) -> list[int]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _place_for(root: Path) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minvlp"
-    for place in (root / "index", home / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]):
+def _places_for(root: Path) -> tuple[Path, Path]:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minvlp")
+    return root / "index", home / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+
+
+def _first_writable(places: Sequence[Path]) -> Path:
+    for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
-    raise UserError(f"neither {root / 'index'} nor {home} can be written to, where an index of it would lie")
+    raise UserError(f"an index has to be written once, but neither {places[0]} nor {places[1]} can be written to: set "
+                    "XDG_CACHE_HOME to a folder that can")  # fmt: skip
 
 
 @contextlib.contextmanager
-def _one_at_a_time(file: Path):
-    """Where a system has no such locks, several may write, each for itself; the last one stays."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(file, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _one_at_a_time(file: Path) -> Iterator[bool]:
+    """Whether this process is alone. Where locks are not to be had (Windows, some network folders) several may write,
+    each for itself; the first one stays."""
+    with contextlib.ExitStack() as held:
+        alone = False
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(held.enter_context(open(file, "a")), fcntl.LOCK_EX)
+            alone = True
+        yield alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,32 +303,44 @@ LONGEST = 1 << 26  # characters of one element; Visual Genome's longest are some
 def json_list(file: Path) -> Iterator[tuple[str, object]]:
     """(where, value) of each element of a list that is a whole JSON file, at the memory of one piece. Visual Genome's
     regions are 5 million objects: at once, they would fill many gigabytes. UserError where it is no such list."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*").match
+    text, at, number = "", 0, 0  # at: how far `text`, which is what was read last, is done with
+
+    def read_on() -> bool:
+        nonlocal text, at
+        piece = source.read(PIECE)
+        text, at = text[at:] + piece, 0
+        return bool(piece)
+
+    def mark() -> str:
+        """The next character that is not blank, "" at the end."""
+        nonlocal at
+        while (at := blank(text, at).end()) == len(text) and read_on():
+            pass
+        return text[at : at + 1]
+
     try:
         with open(file, encoding="utf-8-sig") as source:
-            text, number = source.read(PIECE), 0
-            at = blank.match(text).end()
-            if text[at : at + 1] != "[":
+            if mark() != "[":
                 raise ValueError("it does not begin with a list")
-            if text[at:].split() in (["[]"], ["[", "]"]):
-                return
-            while True:  # at: of the bracket or comma before the next element
+            at += 1
+            goes_on = mark() != "]"
+            at += not goes_on
+            while goes_on:
+                mark()
                 try:
-                    value, end = decode(text, blank.match(text, at + 1).end())
-                    end = blank.match(text, end).end()
-                    mark = text[end]  # what follows it must be there, or a number might have been cut
-                except (json.JSONDecodeError, IndexError) as error:
-                    more = source.read(PIECE) if len(text) - at < LONGEST else ""
-                    if not more:
-                        why = "the file ends there" if isinstance(error, IndexError) else error
-                        raise ValueError(f"element {number}: {why}") from None
-                    text, at = text[at:] + more, 0
-                    continue
+                    value, end = decode(text, at)
+                    end = blank(text, end).end()
+                    if text[end : end + 1] not in (",", "]"):  # a number may have been cut: 1 of 1.5
+                        raise json.JSONDecodeError("neither a comma nor the end of the list follows", text, end)
+                except json.JSONDecodeError as error:
+                    if len(text) - at < LONGEST and read_on():
+                        continue
+                    raise ValueError(f"element {number}: {error.msg}; is it cut off?") from None
+                goes_on, at = text[end] == ",", end + 1
                 yield f"{file}[{number}]", value
-                if mark != ",":
-                    break
-                at, number = end, number + 1
-            if mark != "]" or text[end + 1 :].strip() or source.read(PIECE).strip():
-                raise ValueError(f"the list does not end after element {number}")
+                number += 1
+            if mark():
+                raise ValueError("something follows the list")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); put the official one there") from None

@@ -6,6 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
+import tarfile
+import tracemalloc
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,10 @@ import pytest
 from PIL import Image
 
 import corpora
-from tools import look_at_data
-from tools.look_at_data import PUBLISHED, Shelf, check, main
+import shards
+from table import Table
+from tools import export, look_at_data
+from tools.look_at_data import IN_ALL, PUBLISHED, Shelf, check, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +52,7 @@ def look(capsys):
     def run(*arguments):
         status = main([*map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, err or out
+        return status, out or err  # stderr also tells of an index that was made
 
     return run
 
@@ -167,7 +172,8 @@ def test_the_published_sizes_fit_what_else_is_published():
     nocaps = dict(PUBLISHED["nocaps"])
     assert nocaps.pop("server_test") + nocaps["test"] == 15_100
     assert nocaps.pop("test") == sum(nocaps.values()) == 4_500
-    assert look_at_data.ABOUT == {"vcr"} and PUBLISHED.keys() <= set(corpora.NAMES)
+    assert look_at_data.ABOUT == {"vcr"} and PUBLISHED.keys() | IN_ALL.keys() <= set(corpora.NAMES)
+    assert IN_ALL["cc3m"] == PUBLISHED["cc3m"]["train"] and 5e6 < look_at_data.VG_REGIONS < 50 * 1.1 * IN_ALL["vg"]
 
 
 def nocaps(root):
@@ -457,6 +463,306 @@ def test_regions_of_objects(tmp_path, look):
                                "regions_boxes_mirrored, image train-i0: 3 regions for 1 objects")  # fmt: skip
 
 
+# Millions of pictures
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """cc3m as lists of files: 24 rows of train, of which one names a file again and two have no file, and 3 of val, one
+    of which names a file of train."""
+    root, colours = tmp_path / "cc3m", shades()
+
+    def make(split, i):
+        name = f"images_{split}/deep/{i % 2}/{i:07d}"
+        image = Image.new("RGB", (12 + i, 8), next(colours))
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / name, "PNG")
+        return name
+
+    train = [[make("train", i), "a dog ' s toy ." if i else "six words are in this one"] for i in range(21)]
+    train += [[train[3][0], "again"], ["images_train/gone", "x"], ["images_train/deep/gone", "x"]]
+    val = [[make("val", i), "a cat"] for i in range(2)] + [[train[5][0], "a cat"]]
+    write_json(root / "train_annot.json", train)
+    write_json(root / "val_annot.json", val)
+    return root
+
+
+def test_conceptual_captions(listed, look):
+    status, out = look("check", "cc3m", "--root", listed)
+    assert status == 0 and has(
+        out, "cc3m: 22 train, 3 val", "2 rows whose picture is not there",
+        "train: 22 images (published: 3,318,333 rows), 22 captions", "captions per image min 1, mean 1.0, max 1",
+        "words per caption min 1, mean 5.8, max 6", "1-5 4.5% ## 6-10 95.5%", "pictures 21 files, all there",
+        "smallest 12x8, median 22x8, largest 32x8", "val: 3 images (published: 15,840 rows), 3 captions",
+        "shared: train and val have 1 pictures in common", "duplicates: 0 groups",
+        "missing: 0, besides 2 rows without a picture, which do not count: dead links are normal there",
+        "unreadable: 0")  # fmt: skip
+    assert "in all" not in out
+    status, out = look("check", "cc3m", "--root", listed, "--no-decode")
+    assert status == 0 and has(out, "1-5 4.5%", "pictures 21 files, all there", "unreadable: not looked for")
+    assert "sizes" not in out and "duplicates" not in out
+    status, out = look("check", "cc3m", "--root", export.export("cc3m", listed.parent / "tsv", train=10, val=2, test=1))
+    assert status == 0 and has(out, "train: 9 images", "missing: 0, besides 1 rows", "smallest 64x64, median 64x64")
+
+
+def test_files_that_went_after_they_were_indexed(listed, look):
+    look("check", "cc3m", "--root", listed)
+    for name in ("train/deep/1/0000003", "train/deep/1/0000011", "val/deep/0/0000000"):
+        (listed / f"images_{name}").unlink()  # too deep for the index to learn of it
+    for flag in ("--decode", "--no-decode"):
+        status, out = look("check", "cc3m", "--root", listed, flag)
+        assert status == 1 and has(
+            out, f"2 of 21 images missing, first: {listed}/images_train/deep/1/0000003", "1 of 3 images missing",
+            f"most in {listed}/images_train/deep/1 2 of 10", f"most in {listed}/images_val/deep/0 1 of 1",
+            "missing: 3, besides 2 rows")  # fmt: skip
+    status, out = look("check", "cc3m", "--root", listed)
+    assert has(out, "unreadable: 0")
+
+
+def test_broken_and_identical_pictures_of_many(listed, look):
+    files = [listed / "images_train" / "deep" / f"{i % 2}" / f"{i:07d}" for i in range(21)]
+    for file in files[:12]:
+        file.write_bytes(b"no picture")
+    for file in (files[15], files[16], listed / "images_val" / "deep" / "1" / "0000001"):
+        file.write_bytes(files[14].read_bytes())
+    files[20].write_bytes(files[19].read_bytes())
+    (listed / "images_val" / "deep" / "0" / "0000000").write_bytes(files[17].read_bytes())
+    status, out = look("check", "cc3m", "--root", listed)
+    assert status == 1 and has(
+        out, "unreadable: 12", f"{files[0]}: not a picture",
+        "duplicates: 3 groups of identical files, 2 of them across splits "  # the largest first
+        f"{files[14]} (train) = {listed}/images_val/deep/1/0000001 (val) and 2 more {files[17]} (train) =")  # fmt: skip
+    assert out.count(": not a picture") == 10 and str(files[19]) not in out
+
+
+def test_visual_genome(tmp_path, look):
+    export.export("coco", tmp_path / "coco", train=60, val=20, test=20, size=32)
+    export.export("vg", tmp_path / "vg", train=60, val=20, test=20, size=32)
+    root = tmp_path / "vg"
+    status, out = look("check", "vg", "--root", root)
+    assert status == 0 and has(
+        out, "20 of 100 pictures are in val or test of coco and are left out", "vg: 72 train, 4 val, 4 test",
+        "in all: 100 images (published: 108,077),", "captions (published: about 5,400,000)", "train: 72 images,",
+        "captions per image min 8, mean 10.", "missing: 0 unreadable: 0")  # fmt: skip
+    assert "images (published: 108,077) about" not in out and "rows" not in out
+    status, out = look("check", "vg", "--root", root, "--keep_test")
+    assert status == 0 and has(out, "are kept (--keep-test)", "vg: 90 train, 5 val, 5 test", "train: 90 images,")
+    (root / "images" / "VG_100K" / "2.jpg").unlink()
+    status, out = look("check", "vg", "--root", root)
+    assert status == 0 and has(out, "missing: 0, besides 1 pictures that are left out, as a note says")
+
+
+def test_sbu(tmp_path, look):
+    status, out = look("check", "sbu", "--root", export.export("sbu", tmp_path / "sbu", train=60, val=20, test=20))
+    assert status == 0 and has(
+        out, "sbu: 82 train, 4 val, 4 test",
+        "in all: 90 images (published: 1,000,000 rows), 90 captions train: 82 images, 82",
+        "besides 10 rows without a picture, which do not count: dead links are normal there")  # fmt: skip
+
+
+def test_quotes_may_join_rows(tmp_path, look):
+    root = tmp_path / "cc3m"
+    for i in (1, 2, 3):
+        picture(root / "images_train" / f"{i}.jpg")
+    (root / "Train_GCC-training.tsv").write_text('a\tu\n"b\tu\nc"\tu\n')
+    assert has(look("check", "cc3m", "--root", root)[1], "train: 2 images")
+    assert has(look("check", "cc3m", "--root", root, "--quotes", "none")[1], "train: 3 images")
+    assert "quotes" in look("check", "cc3m", "--root", root, "--quotes", "some")[1]
+
+
+def test_many_pictures_need_little_memory(tmp_path, capsys):
+    n, root = 8_000, tmp_path / "cc3m"
+    first = picture(root / "images_train" / "1.jpg")
+    for i in range(2, n + 1):
+        os.link(first, root / "images_train" / f"{i}.jpg")
+    (root / "Train_GCC-training.tsv").write_text("a dog on a beach\tu\n" * n)
+    corpus = corpora.load("cc3m", root)
+    check(corpus, root, decode=False)  # what is imported once
+    tracemalloc.start()
+    try:
+        assert check(corpus, root, decode=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "8,000 files, all there" in capsys.readouterr().out
+    assert peak < 150 * n, f"{peak / n:.0f} bytes a picture"  # the Items are 600
+
+
+def test_many_pictures_are_read_in_pieces(tmp_path, look, monkeypatch):
+    for i in range(1, 1_203):
+        picture(tmp_path / "cc3m" / "images_train" / f"{i}.jpg", size=(1, 1))
+    (tmp_path / "cc3m" / "train.tsv").write_text("a dog\tu\n" * 1_202)
+    asked, pieces = Table.__getitem__, []
+    monkeypatch.setattr(Table, "__getitem__", lambda items, i: pieces.append(i) or asked(items, i))
+    status, out = look("check", "cc3m", "--root", tmp_path / "cc3m")
+    assert status == 0 and has(out, "duplicates: 1 groups of identical files, 0 of them across")
+    assert not any(isinstance(piece, slice) for piece in pieces)
+    monkeypatch.setattr(Table, "__getitem__", asked)
+    taken, file_of = [], look_at_data.Files.__getitem__
+    monkeypatch.setattr(look_at_data.Files, "__getitem__", lambda files, i: taken.append(i) or file_of(files, i))
+    assert look("check", "cc3m", "--root", tmp_path / "cc3m")[0] == 0
+    assert [piece for piece in taken if isinstance(piece, slice)] == [slice(0, 1000), slice(1000, 2000)]
+
+
+# Tar shards
+
+
+def tar(path, samples):
+    """samples: (key, {ending: bytes})."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for key, members in samples:
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                out.addfile(info, io.BytesIO(content))
+
+
+def png(colour, size=(12, 8)):
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Three shards of 20 pictures: train has 54, val and test three each."""
+    pytest.importorskip("webdataset", reason="pip install webdataset")
+    colours = shades()
+    samples = [(f"{i:09d}", {"png": png(next(colours), (10 + i, 8)), "txt": b"two words", "json": b"{}"})
+               for i in range(60)]  # fmt: skip
+
+    def write(folder="mine"):
+        for n in range(3):
+            tar(tmp_path / folder / f"{n:05d}.tar", samples[20 * n : 20 * n + 20])
+        return tmp_path / folder
+
+    return samples, write
+
+
+def test_shards(packed, look, monkeypatch):
+    folder = packed[1]()
+    begun, samples_of = [], shards._samples
+    monkeypatch.setattr(shards, "_samples", lambda file, shard: begun.append(shard.name) or samples_of(file, shard))
+    for said in (folder, folder / "{00000..00002}.tar", folder / "*.tar"):
+        del begun[:]
+        status, out = look("check", said)
+        assert status == 0 and has(
+            out, "mine: 54 train, 3 val, 3 test", "train: 54 images in 3 shards, 54 captions",
+            "captions per image min 1, mean 1.0, max 1", "words per caption min 2, mean 2.0, max 2", "1-5 100.0%",
+            "smallest 10x8, median 37x8, largest 63x8", "val: 3 images in 1 shards, 3 captions",
+            "smallest 64x8, median 65x8", "missing: 0 unreadable: 0", "duplicates: 0 groups")  # fmt: skip
+        assert "published" not in out and "cannot be read" not in out
+        assert begun == ["00000.tar", "00001.tar"] + ["00002.tar"] * 3  # forwards, once for each split
+
+
+def test_shards_of_what_is_published(packed, look):
+    assert "in all: 60 images (published: 3,318,333 rows)\n" in look("check", packed[1]("cc3m"))[1]
+    assert "in all: 60 images (published: 1,000,000 rows)\n" in look("check", packed[1]("sbu"), "--no-decode")[1]
+    assert "published" not in look("check", packed[1]("coco"), "--no-decode")[1]
+
+
+def test_of_shards_only_the_index(packed, look, monkeypatch):
+    monkeypatch.setattr(shards.Shards, "read", None)
+    samples, write = packed
+    samples[3] = samples[3][0], {"png": b"", "txt": b"x"}
+    status, out = look("check", write(), "--no-decode")
+    assert status == 0 and has(out, "train: 54 images in 3 shards captions not read; leave out --no-decode",
+                               "missing: 0 unreadable: not looked for")  # fmt: skip
+    assert "duplicates" not in out and "words" not in out
+
+
+def test_shards_that_are_broken(packed, look, tmp_path):
+    samples, write = packed
+    for i, members in ((3, {"png": b"", "txt": b"x"}), (22, {"png": b"what", "txt": b"x"}),
+                       (23, {"png": png("red"), "txt": b" "}), (24, {"png": png("red"), "json": b"["}),
+                       (30, {"png": png("red")}), (31, {"txt": b"x"})):  # fmt: skip
+        samples[i] = samples[i][0], members
+    for i in (8, 9, 59):
+        samples[i] = samples[i][0], {**samples[7][1], "txt": b"a b c d e f"}
+    folder = write()
+    status, out = look("check", folder)
+    assert status == 1 and has(
+        out, "1 samples without a caption are left out, the first: 00001.tar: 000000030",
+        "1 samples without a picture are left out, the first: 00001.tar: 000000031",
+        "train: 54 images in 3 shards, 52 captions", "2 images have captions that cannot be read", "unreadable: 4",
+        f"{folder}/00000.tar: 000000003.png: the file is empty", "000000022.png: not a picture",
+        f"{folder}/00001.tar: 000000023.png: its caption cannot be read", "000000024.png: its caption cannot be read",
+        "duplicates: 1 groups of identical files, 1 of them across splits",
+        f"{folder}/00000.tar: 000000007.png (train) = {folder}/00002.tar: 000000059.png (test) and 2 more")  # fmt: skip
+    file = folder / "00001.tar"
+    file.write_bytes(file.read_bytes()[:9_000])
+    status, error = look("check", folder)
+    assert status == 1 and f"{file} is damaged or was cut off" in error
+
+
+def test_few_pictures_of_shards_are_in_memory(tmp_path, look, monkeypatch):
+    pytest.importorskip("webdataset", reason="pip install webdataset")
+    tar(tmp_path / "x" / "0.tar", [(f"{i:05d}", {"png": png("red", (1, 1)), "txt": b"x"}) for i in range(250)])
+    most, one = [], look_at_data.Opened.__getitem__
+    monkeypatch.setattr(look_at_data.Opened, "__getitem__", lambda opened, i: most.append(len(one(opened, i))) or [])
+    with pytest.raises(ValueError):  # nothing is handed over
+        main(["check", str(tmp_path / "x")])
+    assert max(most) == 100
+
+
+def test_regions_of_many(tmp_path, look, packed):
+    root = tmp_path / "cc3m"
+    for i in range(1, 5):
+        picture(root / ("images_val" if i == 4 else "images_train") / f"{i if i < 4 else 1}.jpg", (i, 0, 0))
+        region_file(root / "regions" / f"{i if i < 4 else 'val-1'}.npz", n=i)
+    (root / "train.tsv").write_text("a\tu\n" * 3)
+    (root / "val.tsv").write_text("a\tu\n")
+    status, out = look("check", "cc3m", "--root", root)
+    assert status == 0 and has(out, "region files of 4 of 4 pictures", "regions a picture min 1, mean 2.5, max 4")
+    (root / "regions" / "val-1.npz").unlink()
+    (root / "regions" / "2.npz").unlink()
+    status, out = look("check", "cc3m", "--root", root, "--no-decode")
+    assert status == 1 and has(out, "region files of 2 of 4 pictures", "missing 2, first: image 2")
+    assert has(look("check", "cc3m", "--root", root)[1], "regions a picture min 1, mean 2.0, max 3")
+    folder = packed[1]()
+    (folder / "regions").mkdir()
+    status, out = look("check", folder)
+    assert status == 0 and has(out, f"{folder}/regions: not looked at")
+
+
+# Mixtures
+
+
+def test_a_mixture(tmp_path, look, packed, monkeypatch):
+    below = tmp_path / "data"
+    coco(below / "coco", n=7)  # number 7 is of test, and a picture of vg
+    export.export("vg", below / "vg", train=60, val=20, test=20, size=32)
+    export.export("cc3m", below / "cc3m", train=60, val=20, test=20, size=32)
+    packed[1]("shards")
+    tars = f"{tmp_path}/shards/{{00000..00002}}.tar"
+    mixed = f"coco,vg:0.5,cc3m,{tars}"
+    look("check", "cc3m", "--root", below / "cc3m")  # what making them has printed
+    status, out = look("check", mixed, "--root", below, "--no-decode")
+    assert status == 0
+    heads = [row for row in out.splitlines() if row.startswith("=====")]
+    assert [head.split(" ", 1)[1] for head in heads] == ["coco", "vg", "cc3m", tars, "together: 350 items an epoch"]
+    assert has(
+        out, "==== coco coco: 7 train, 1 test", "==== cc3m cc3m: 54 train", "besides 6 rows without a picture",
+        "coco 7 pictures, 14 captions, 14 items (4.0%) vg 91 pictures,", "captions, 228 items (65.1%), weight 0.5 cc3m",
+        "cc3m 54 pictures, 54 captions, 54 items (15.4%) shards 54 pictures, 54 items (15.4%) with one caption an item "
+        "and 5 phrases of a picture of vg; val and test are coco's")  # fmt: skip
+    (below / "coco" / "regions").mkdir()  # below its own folder
+    said = look("check", "coco,cc3m", "--root", below, "--no-decode")[1]
+    assert has(said, "data/coco/regions: region files of 0 of 8")
+    (below / "coco" / "regions").rmdir()
+    assert out.count("unreadable: not looked for") == 4
+    monkeypatch.chdir(tmp_path)
+    assert look("check", mixed, "--no-decode") == (0, out.replace(str(below), "data"))  # the default root
+    assert has(look("check", "coco,vg", "--keep-test", "--no-decode")[1], "are kept", "vg 90 pictures")
+    assert "phrases" not in look("check", "coco,cc3m", "--no-decode")[1]
+    assert has(look("check", "vg:0.5", "--root", below / "vg", "--no-decode")[1], "vg: 91 train")
+    (below / "coco" / "val2014" / f"COCO_val2014_{4:012d}.jpg").unlink()
+    status, out = look("check", mixed, "--no-decode")  # the first of them
+    assert status == 1 and has(out, "1 of 7 images missing", "together")
+    assert look("check", "cc3m,coco", "--no-decode")[0] == 1
+
+
 # Own data, scenes
 
 
@@ -550,18 +856,28 @@ def test_a_terminal_sees_how_far_it_is(tmp_path, monkeypatch):
 def test_where(look):
     status, out = look("where")
     assert status == 0
-    assert [row.split()[0] for row in out.splitlines()[:-2]] == [*corpora.NAMES, "regions"]
+    assert [row.split()[0] for row in out.splitlines()[:-2]] == [*corpora.NAMES, "shards", "regions"]
     pages = {"coco": "https://cocodataset.org/", "flickr30k": "forms.illinois.edu", "flickr8k": "forms.illinois.edu",
              "nocaps": "https://nocaps.org/download", "vqa": "https://visualqa.org/",
              "nlvr2": "lil.nlp.cornell.edu/nlvr", "nlvr1": "github.com/lil-lab/nlvr",
              "snli_ve": "github.com/necla-ml/SNLI-VE",
-             "vcr": "visualcommonsense.com", "regions": "peteanderson80/bottom-up-attention"}  # fmt: skip
+             "vcr": "visualcommonsense.com", "vg": "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
+             "cc3m": "https://ai.google.com/research/ConceptualCaptions/download",
+             "sbu": "https://www.cs.rice.edu/~vo9/sbucaptions/", "shards": "github.com/rom1504/img2dataset",
+             "regions": "peteanderson80/bottom-up-attention"}  # fmt: skip
     for name, page in pages.items():
         status, out = look("where", name)
         assert status == 0 and page in out
-        assert (f"\ndata/{name}/\n" if name != "regions" else "\ndata/coco/regions/\n") in out
-    assert {*pages, "scenes"} == {*corpora.NAMES, "regions"} and look("where", "scenes")[0] == 0
+        place = {"regions": "data/coco/regions", "shards": "shards/NAME"}.get(name, f"data/{name}")
+        checked = {"regions": "coco", "shards": "shards/NAME"}.get(name, name)
+        assert f"\n{place}/\n" in out and out.endswith(f"\nthen `python data.py check {checked}`\n")
+    assert {*pages, "scenes"} == {*corpora.NAMES, "shards", "regions"} and look("where", "scenes")[0] == 0
     assert has(look("where", "coco")[1], "13 GB", "6 GB", "CC BY 4.0", "caption_datasets.zip", "82,783", "40,504")
+    for name in ("cc3m", "sbu"):
+        assert has(look("where", name)[1], "img2dataset's shards, read as they are", f"--output_folder data/{name}",
+                   f"tools/shards.py pack {name} ", "`resize`")  # fmt: skip
+    assert has(look("where", "cc3m")[1], r"sed -i '1s/^/caption\turl\n/' cc3m.tsv", "may be freely used for any")
+    assert has(look("where", "vg")[1], "CC BY 4.0", "108,077", "dataset_coco.json", "--keep-test", "shards.py resize")
     status, error = look("where", "nlvr3")
     assert status == 1 and "did you mean nlvr2?" in error
 
@@ -575,6 +891,12 @@ def test_where_draws_layouts_that_load(tmp_path, look, monkeypatch):
             stem = path.name.replace("val2014_", "train2014_")  # the tree names one of a pair
             assert stem in tree, f"{name}: {path}"
         assert look("check", name, "--no-decode")[0] == 0
+    for layout, name in (("vg", "vg"), ("cc3m", "cc3m"), ("cc3m_json", "cc3m"), ("sbu", "sbu")):
+        made = export.export(layout, Path(layout, name), train=20, val=3, test=3, size=32)
+        tree = look("where", name)[1]
+        assert all(path.name in tree for path in chain(made.iterdir(), made.glob("annotations/*"))
+                   if path.name != "annotations") and "annotations/" in look("where", "vg")[1]  # fmt: skip
+        assert look("check", name, "--root", made, "--keep-test" if name != "cc3m" else "--decode")[0] == 0
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -584,6 +906,15 @@ def test_where_draws_layouts_that_load(tmp_path, look, monkeypatch):
     (["chek", "coco"], "chek"),
     (["check", "coco", "--train-on", "train+val"], "leave it out"),
     (["check", "coco", "--root", "nowhere"], "does not exist"),
+    (["check", "coco", "--keep-test"], "pictures of vg and sbu that others test on; coco has none: leave it out"),
+    (["check", "coco,cc3m", "--keep-test"], "coco,cc3m has none: leave it out"),
+    (["check", "vg,sbu", "--quotes", "none"], "how cc3m's TSV files are read; vg,sbu has none: leave it out"),
+    (["check", "coco,vg", "--train-on", "train+val"], "coco,vg has none: leave it out"),
+    (["check", "coco,scenes"], "scenes is not for mixtures"),
+    (["check", "coco,vqa"], "has questions, no captions"),
+    (["check", "coco,coco"], "coco comes 2 times"),
+    (["check", "coco:x,vg"], "'coco:x' is not known"),
+    (["check", "no/{0..3}.tar"], "of its 4 shards are not there"),
     (["check", "coc"], "did you mean coco?")])  # fmt: skip
 def test_mistakes_on_the_command_line(arguments, said, look):
     status, error = look(*arguments)
