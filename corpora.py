@@ -122,6 +122,8 @@ TRAIN_ON = ("train", "train+val", "train+val+vg")  # of vqa
 
 def check_task(task: str, spec: str) -> None:
     """UserError where the data sets of --data have not what the task trains on."""
+    import shards
+
     parts = parts_of(spec)
     of = {"vqa": ("vqa", "vg"), "nlvr2": ("nlvr2", "nlvr1"), "ve": ("snli_ve",), "vcr": ("vcr",)}.get(task)
     for name, _ in parts:
@@ -133,7 +135,7 @@ def check_task(task: str, spec: str) -> None:
                             "other data")  # fmt: skip
         if len(parts) > 1 and name in ("scenes", "nocaps"):
             raise UserError(f"--data {spec}: {name} is not for mixtures, which are of photographs to train on")
-    if task == "scst" and (len(parts) > 1 or parts[0][0] in LARGE or parts[0][0].endswith(".tar")):
+    if task == "scst" and (len(parts) > 1 or parts[0][0] in LARGE or shards.are_meant(parts[0][0])):
         raise UserError(f"--task scst needs several captions of each picture, as COCO has, which {spec} has not")
 
 

@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 
 import corpora
+import pretraining
 import shards
-from common import UserError
+from common import UserError, choose
 from data import BadImage, Corpus, Item
 from table import Table
 
@@ -123,6 +124,7 @@ def of_run(cfg, task: str = "caption") -> Corpus:
     has captions by the million, and of several data sets, train is a Mixture; then cfg.captions_per_image becomes at
     most what each of them has of a picture."""
     parts = corpora.parts_of(cfg.data)
+    choose("quotes", cfg.quotes, pretraining.QUOTES)
     options = dict(task=task, train_on=getattr(cfg, "train_on", "train"), keep_test=cfg.keep_test, quotes=cfg.quotes)
     if len(parts) == 1:
         if parts[0][1] != 1:

@@ -157,7 +157,7 @@ def made(root: Path, name: str, sources: Sequence[Path], fill, columns: Sequence
 def tell_of_lost(table: Table, name: str, notes: list[str], **words: str) -> None:
     """A note for each count in the table's meta that is not 0; words: what was left out."""
     meta = read_meta(table.folder)
-    notes += [f"{name}: {meta[count]:,} {words[count]} left out." for count in words if meta.get(count)]
+    notes += [f"{name}: {meta[count]:,} {words[count]} are left out." for count in words if meta.get(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,8 +322,10 @@ def load_cc3m(root: Path, quotes: str = "csv") -> Corpus:
     """
     choose("quotes", quotes, QUOTES)
     splits, notes = {}, []
-    for split, folders in (("train", ("images_train", "training", "train", "images")),
-                           ("val", ("images_val", "validation", "val"))):  # fmt: skip
+    places = {"train": ("images_train", "training", "train", "images"), "val": ("images_val", "validation", "val")}
+    if any(root.glob("*.tar")) and not any((root / place).is_dir() for place in places["train"]):
+        return load_shards(str(root), "cc3m")  # img2dataset leaves them beside the TSV file that it was given
+    for split, folders in places.items():
         file = next((root / name for name in TSV[split] if (root / name).is_file()), None)
         listed = root / f"{split}_annot.json"
         if file:
@@ -333,8 +335,6 @@ def load_cc3m(root: Path, quotes: str = "csv") -> Corpus:
             splits[split] = from_list("cc3m", root, listed, split, notes)
     if "val" in splits:
         splits["val"].prefix = "val-"
-    if "train" not in splits and any(root.glob("*.tar")):
-        return load_shards(str(root), "cc3m")
     if "train" not in splits:
         raise UserError(f"cc3m: neither {TSV['train'][0]} nor train_annot.json nor a .tar is in {root}; put it there")
     return Corpus("cc3m", splits, notes)
@@ -349,17 +349,17 @@ def load_sbu(root: Path, keep_test: bool = False) -> Corpus:
     whole, listed = root / "sbu-captions-all.json", root / "annot.json"
     aligned = [root / f"SBU_captioned_photo_dataset_{what}.txt" for what in ("urls", "captions")]
     notes: list[str] = []
-    sources = [whole] if whole.is_file() else aligned
-    if all(map(Path.is_file, sources)):
+    sources, places = [whole] if whole.is_file() else aligned, ("images", "images_train", "train")
+    are_shards = any(root.glob("*.tar")) and not any((root / place).is_dir() for place in places)
+    if all(map(Path.is_file, sources)) and not are_shards:
         tests = {name: file for name, file in split_files(root).items() if name == "flickr30k"}
-        table = from_rows("sbu", root, partial(sbu_rows, sources), sources, "all", ("images", "images_train", "train"),
-                          notes, tests)  # fmt: skip
+        table = from_rows("sbu", root, partial(sbu_rows, sources), sources, "all", places, notes, tests)
         return Corpus("sbu", parted("sbu", without_tests(table, "sbu", tests, keep_test, notes), notes), notes)
-    if listed.is_file():
+    if are_shards:
+        corpus = load_shards(str(root), "sbu")
+    elif listed.is_file():
         table = from_list("sbu", root, listed, "all", notes)
         corpus = Corpus("sbu", parted("sbu", table, notes), notes)
-    elif any(root.glob("*.tar")):
-        corpus = load_shards(str(root), "sbu")
     else:
         raise UserError(f"sbu: none of {whole.name}, {aligned[0].name} with {aligned[1].name}, {listed.name} or a .tar "
                         f"is in {root}; put one there")  # fmt: skip

@@ -75,8 +75,8 @@ def files_of(spec: str) -> list[Path]:
     missing = [name for name in files if not os.path.isfile(name)]
     if missing or not files:
         named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{spec}: {len(missing) or 'all'} of its {len(files) or ''} shards are not there "
-                        f"({named or 'nothing fits the pattern'}); fetch them, or name those that are")  # fmt: skip
+        lost = f"{len(missing)} of its {len(files)} shards are not there ({named})" if files else "nothing fits it"
+        raise UserError(f"{spec}: {lost}; fetch them, or name those that are")
     return list(map(Path, files))
 
 

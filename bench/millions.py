@@ -5,8 +5,8 @@
     python bench/millions.py read                   images/s: loose, in shards, resized once; beside bare decoding
 
 index: csv.reader alone reads the same file in turn with indexing it, which besides lists the folders, joins rows and
-files, and writes. Files are links to small JPEGs. The memory of a worker is what it has of its own: the private pages in
-/proc/PID/smaps_rollup of a forked process, when it starts and when it has asked for N random items.
+files, and writes. Files are links to small JPEGs. The memory of a worker is what it has of its own: the private pages
+in /proc/PID/smaps_rollup of a forked process, when it starts and when it has asked for N random items.
 read: made-up photographs of 640 x 480, squares of --size for a model. "cached" is what `tools/shards.py resize` writes.
 The bare speed is Pillow's open, convert, resize and np.asarray of the loose files, in as many processes.
 """
@@ -84,9 +84,9 @@ def first_batch(items, workers: int, batch: int) -> float:
 
 def ask(items, numbers: Sequence[int], results) -> None:
     """In a forked process: its own memory after so many random items."""
-    luck, asked = random.Random(os.getpid()), 0
-    for number in numbers:
-        for asked in range(asked + 1, number + 1):
+    luck = random.Random(os.getpid())
+    for before, number in zip((0, *numbers), numbers, strict=False):
+        for _ in range(before, number):
             items[luck.randrange(len(items))]
         results.put(own_memory(os.getpid()))
 
@@ -173,8 +173,8 @@ def read(options) -> None:
         packing.main(["resize", str(place / "loose"), str(place / "cached"), "--short", str(options.short)])
         resized = time.perf_counter() - began - packed
         packing.main(["resize", str(place / "shards"), str(place / "cached_shards"), "--short", str(options.short)])
-        print(f"{describe_machine()}\n{options.images} pictures to {options.size} px; packed in {packed:.1f} s, resized "
-              f"to {options.short} px in {resized:.1f} s")  # fmt: skip
+        print(f"{describe_machine()}\n{options.images} pictures to {options.size} px; packed in {packed:.1f} s, "
+              f"resized to {options.short} px in {resized:.1f} s")  # fmt: skip
         kinds = {}
         for name in ("loose", "cached"):
             items = corpora.load(str(place / name)).splits["train"]
