@@ -5,8 +5,8 @@
     python bench/millions.py read                   images/s: loose, in shards, resized once; beside bare decoding
 
 index: csv.reader alone reads the same file in turn with indexing it, which besides lists the folders, joins rows and
-files, and writes. Files are links to small JPEGs. The memory of a worker is what it has of its own: the private pages
-in /proc/PID/smaps_rollup of a forked process, when it starts and when it has asked for N random items.
+files, and writes. Files are links to small JPEGs. The memory of a worker is what it has of its own: Private_Dirty of
+/proc/PID/smaps_rollup in a forked process, when it starts and when it has asked for N random items.
 read: made-up photographs of 640 x 480, squares of --size for a model. "cached" is what `tools/shards.py resize` writes.
 The bare speed is Pillow's open, convert, resize and np.asarray of the loose files, in as many processes.
 """
@@ -67,9 +67,9 @@ def generate(root: Path, rows: int) -> None:
 
 
 def own_memory(pid: int) -> float:
-    """MiB of pages that no other process has."""
+    """MiB of pages that this process has written and no other one has; pages of mapped files can be let go."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 
 def first_batch(items, workers: int, batch: int) -> float:
@@ -93,6 +93,7 @@ def ask(items, numbers: Sequence[int], results) -> None:
 
 def own_memories(items, workers: int, numbers: Sequence[int]) -> list[list[float]]:
     """MiB of each worker after each of the numbers of items."""
+    os.sync()  # pages of the index that the disk has not got yet would count as the worker's
     context = get_context("fork")
     queues = [context.Queue() for _ in range(workers)]
     processes = [context.Process(target=ask, args=(items, numbers, queue)) for queue in queues]
@@ -137,15 +138,14 @@ def index(options) -> None:
         size = sum(f.stat().st_size for f in (root / "index").rglob("*") if f.is_file())
         print(f"the index: {size / 2**20:.0f} MiB, {size / options.rows:.0f} bytes a row")
         corpus = corpora.load("cc3m", root)
-        kinds = {"mapped": mixture.mixed([(corpus, 1.0)]).splits["train"]}
-        if options.objects:
-            kinds["Python objects"] = corpus.splits["train"][:]
+        mixed = mixture.mixed([(corpus, 1.0)]).splits["train"]
         for workers in options.workers:
-            first = first_batch(kinds["mapped"], workers, options.batch)
+            first = first_batch(mixed, workers, options.batch)
             print(f"first batch of {options.batch}, {workers} workers: {first:.2f} s", flush=True)
         print("MiB of its own that each of 1, 2 and 4 workers has after N items")
         print(f"{'':<16} {'workers':>7}" + "".join(f" {f'N = {n:,}':>24}" for n in ASKED))
-        for name, items in kinds.items():
+        for name in ("mapped", *["Python objects"] * options.objects):
+            items = mixed if name == "mapped" else corpus.splits["train"][:]
             for workers in (1, 2, 4):
                 columns = zip(*own_memories(items, workers, ASKED), strict=True)
                 told = "".join(f" {', '.join(f'{each:.0f}' for each in column):>24}" for column in columns)
