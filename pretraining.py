@@ -8,7 +8,7 @@
            and _captions.txt, or annot.json: [[file, caption], ...]          the files that it names
            or, of the last two, .tar files, see shards.py
 
-A row whose picture is not there is left out, for a fifth of the links that these sets consist of are dead. Rows are
+A row whose picture is not there is left out: these sets are links, and a tenth to a quarter of them are dead. Rows are
 counted from 1 (YehLi/xmodaler:xmodaler/datasets/images/conceptual_captions.py). Everything is read once, into a Table.
 
 Half of Visual Genome's pictures are COCO's, and some are Flickr30k's; SBU's come from Flickr, too. Those that COCO or
