@@ -74,6 +74,7 @@ def run_main(main) -> None:
         print("interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT
     if dist.is_initialized():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those that are left
         dist.destroy_process_group()
         # Python must not shut down here: DistributedDataParallel keeps gloo's threads alive, and one that lets go of
         # its last tensor meanwhile aborts the process (of 28 toy runs 4 ended so). What is due at exit is done.
@@ -635,7 +636,7 @@ class Run:
                 shutil.rmtree(old)
 
     def forget_after(self, step: int) -> None:
-        """Drop log records of steps beyond the checkpoint that a run goes on from."""
+        """Drop log records of steps beyond the checkpoint that a run goes on from; all that one without has left."""
         path = self.path / "log.jsonl"
         kept = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(kept))
@@ -643,9 +644,7 @@ class Run:
 
     def go_on(self, checkpoint: Path | None, optimizer) -> tuple[int, float, bool]:
         """(step, best value on val so far, whether its evaluation is due) of a checkpoint; 0, -1, False without."""
-        if not checkpoint:
-            return 0, -1.0, False
-        meta = load_training_state(checkpoint, optimizer)
+        meta = load_training_state(checkpoint, optimizer) if checkpoint else {"step": 0, "best": -1.0}
         if not dist.is_initialized() or dist.get_rank() == 0:
             self.forget_after(meta["step"])
         return meta["step"], meta["best"], bool(meta.get("is_due"))

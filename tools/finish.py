@@ -1,8 +1,11 @@
 """What a run of any model file says and draws when it is over."""
 
+import re
 import shlex
 import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 import common
 from common import UserError
@@ -44,8 +47,19 @@ def carry_out(name: str, title: str, cfg, checkpoint, model, corpus, machine, st
         columns = evaluate(cfg, model, best, corpus, machine, run.path, started)
     except (KeyboardInterrupt, UserError) as error:
         raise common.stopped(run, machine, why=error) from None
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        why = UserError("another process of this run has ended or cannot be reached; its own message says why")
+        raise common.stopped(run, machine, why=why) from None
     if machine.is_main:
         tell(columns, run, task, started, f"{name}.py")
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Is it what an exchange raises where another process is gone? gloo has no error of its own for it."""
+    gone = re.search(r"onnection (reset|closed|refused)|imed out|Broken pipe|Socket closed", str(error))
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and gone is not None)
 
 
 def record(name: str, cfg, asked, checkpoint, folder, started: float, splits: dict, **protocol) -> None:
