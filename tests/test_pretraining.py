@@ -2,9 +2,11 @@
 no picture that COCO or Flickr30k test on; whatever is damaged is counted, or said by a UserError."""
 
 import csv
+import io
 import json
 import random
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +194,7 @@ def check_conceptual(corpus, named):
         assert item.captions == (scenes.captions(val[row])[0],)
         assert_shows(item, val[row])
     assert corpus.splits["train"][0].image.name == named
-    assert note_with(corpus, "rows whose picture").startswith("cc3m train: 2 rows whose picture is not there left out")
+    assert note_with(corpus, "rows whose picture").startswith("cc3m train: 2 rows whose picture is not there are left out")
 
 
 def test_cc3m(place):
@@ -214,7 +216,7 @@ def test_sbu(place):
         assert item.captions == (scenes.captions(everything[row - 1])[0],)
         assert_shows(item, everything[row - 1])
     left = len(there) - len(found)
-    assert note_with(corpus, "are left out").startswith(f"sbu: {left} of {len(there)} pictures are in val or test of")
+    assert note_with(corpus, "val or test of").startswith(f"sbu: {left} of {len(there)} pictures are in val or test of")
     kept = corpora.load("sbu", root, keep_test=True)
     assert sorted(items(kept)) == there and f"{left} of" in note_with(kept, "--keep-test")
     assert not [note for note in corpus.notes + kept.notes if "coco" in note]
@@ -237,7 +239,7 @@ def test_sbu_in_two_text_files(place):
     corpus = corpora.load("sbu", root)
     found = {i: item.captions for i, item in items(corpus).items()}
     assert found == {**as_json, 3: ("a carriage return and a line separator",)}
-    assert note_with(corpus, "empty captions") == "sbu all: 1 empty captions left out."
+    assert note_with(corpus, "empty captions") == "sbu all: 1 empty captions are left out."
     captions.write_bytes("".join(text + "\n" for text in content["captions"][:-1]).encode())
     with pytest.raises(UserError, match="captions.txt: 47 captions for 48 addresses in SBU_.*urls.txt.*fetch it anew"):
         corpora.load("sbu", root)
@@ -389,8 +391,8 @@ def test_rows_without_picture_or_caption_are_counted(tmp_path):
     write_tsv(tmp_path, lines, pictures=(1, 2, 3, 4, 6, 7))
     corpus = corpora.load("cc3m", tmp_path)
     assert said(corpus) == {1: "one two", 4: "four", 6: "six"}
-    assert note_with(corpus, "not there") == "cc3m train: 1 rows whose picture is not there left out."
-    assert note_with(corpus, "empty") == "cc3m train: 2 empty captions left out."
+    assert note_with(corpus, "not there") == "cc3m train: 1 rows whose picture is not there are left out."
+    assert note_with(corpus, "empty") == "cc3m train: 2 empty captions are left out."
 
 
 @pytest.mark.parametrize("quotes", ["csv", "none"])
@@ -492,10 +494,10 @@ def test_vg_counts_what_it_leaves_out(tmp_path):
     images = [{"image_id": i, "coco_id": None, "flickr_id": None} for i in (1, 2, 3, 5, 6)]
     corpus = corpora.load("vg", write_vg(tmp_path, described, images, (1, 2, 3, 4, 6)), keep_test=True)
     assert [(item.image_id, item.captions) for item in corpus.splits["train"]] == [(1, ("a dog", "a cat")), (6, ("y",))]
-    assert "vg: 5 empty phrases left out." in corpus.notes
-    assert "vg: 3 phrases about pictures that image_data.json lacks left out." in corpus.notes
-    assert "vg: 1 pictures that are not there left out." in corpus.notes
-    assert "vg: 2 pictures without a phrase left out." in corpus.notes
+    assert "vg: 5 empty phrases are left out." in corpus.notes
+    assert "vg: 3 phrases about pictures that image_data.json lacks are left out." in corpus.notes
+    assert "vg: 1 pictures that are not there are left out." in corpus.notes
+    assert "vg: 2 pictures without a phrase are left out." in corpus.notes
 
 
 @pytest.mark.parametrize("described, images, said", [
@@ -610,3 +612,21 @@ def test_damage_gives_a_corpus_or_a_user_error(place, what, capsys):
         finally:
             file.write_bytes(whole)
     assert min(ends.values()) > 5, ends
+
+
+@pytest.mark.parametrize("name, file", [("cc3m", "Train_GCC-training.tsv"), ("sbu", "sbu-captions-all.json")])
+def test_shards_beside_the_list_that_they_were_made_from(name, file, place, tmp_path):
+    """img2dataset leaves its tars where the list lies: without a folder of pictures, they are the data set."""
+    root = place(name) / name
+    shutil.rmtree(next(root / folder for folder in ("images_train", "images") if (root / folder).is_dir()))
+    with tarfile.open(root / "00000.tar", "w") as tar:
+        for ending, content in (("jpg", b"bytes"), ("txt", b"a dog")):
+            member = tarfile.TarInfo(f"000000000.{ending}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert (root / file).is_file()
+    corpus = corpora.load(name, root)
+    assert corpus.name == name and [item.captions for item in corpus.splits["train"]] == [("a dog",)]
+    (root / "images_train").mkdir()  # and with one, the list counts again
+    with pytest.raises(UserError, match="no caption whose picture is there"):
+        corpora.load(name, root)
