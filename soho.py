@@ -954,13 +954,13 @@ def train(cfg: Config, model: SOHO, corpus, machine, run, checkpoint: Path | Non
                     found = {name: loss / len(pieces) for name, loss in losses(cfg, out, piece).items()}
                     sum(found.values()).backward()
                 for name, part in found.items():
-                    logged[name] = logged.get(name, 0.0) + part.detach()
+                    logged[name] = logged.get(name, 0.0) + part.detach() / machine.processes
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             common.stop_if_not_finite(norm, float(sum(logged.values())), batch["image_id"], step + 1, run)
             share = common.schedule(cfg, step)
             optimizer.step(share, step + 1)
             if cfg.vd_mode != "none" and not is_word_step:
-                logged |= model.dictionary.state()
+                logged |= {name: x / machine.processes for name, x in model.dictionary.state().items()}
             log.step(step + 1, logged, cfg.lr * share, norm, cfg.batch)
             is_due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps
             with log.pause():

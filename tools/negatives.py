@@ -128,7 +128,7 @@ def filled(asked, items) -> dict:
             if is_scene:
                 spots = [spot for spot in spots if synonyms_of(tok, ids[spot])]
             if spots:
-                row[random.Random(str(ids)).choice(spots)] = True
+                row[random.Random(str([i for i in ids if i != tok.pad])).choice(spots)] = True
         gold = told["ids"][where]
         with torch.no_grad(), asked.machine.autocast():
             p = model.fill(batch, told["ids"].masked_fill(where, tok.mask), told["keep_mask"], where).float().softmax(1)
