@@ -130,13 +130,15 @@ def kill_often(paper: str, times: int, seed: int, folder: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("papers", nargs="*", default=list(PAPERS), choices=list(PAPERS))
+    parser.add_argument("papers", nargs="*", help=f"{', '.join(PAPERS)}; default: all")
     parser.add_argument("--times", type=int, default=20, help="kills of each file")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(argv)
+    if unknown := set(options.papers) - {*PAPERS}:
+        parser.error(f"{', '.join(unknown)}: give some of {', '.join(PAPERS)}")
     torch.set_num_threads(1)
     wrong = []
-    for paper in options.papers:
+    for paper in options.papers or PAPERS:
         importlib.import_module(paper)
         with tempfile.TemporaryDirectory() as folder:
             wrong += kill_often(paper, options.times, options.seed, Path(folder))
