@@ -223,7 +223,7 @@ def default_preset(data: str) -> str:
 def data_name(spec: str) -> str:
     """A short name of what --data names: coco,vg:0.5,shards/cc3m-{000..331}.tar -> coco+vg+cc3m."""
     parts = [spec] if Path(spec).exists() else re.split(r",(?![^{]*\})", spec)  # commas outside braces
-    return "+".join(Path(re.sub(r"\{[^}]*\}|\*|:[\d.]+$", "", part)).stem.strip("-_ ") for part in parts)
+    return "+".join(Path(re.sub(r"\{[^}]*\}|\*|:[\d.eE+-]+$", "", part)).stem.strip("-_ ") for part in parts)
 
 
 def build_config(config_class, given: dict, presets: dict, recipes: dict, architecture: dict | None = None):

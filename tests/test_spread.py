@@ -337,9 +337,9 @@ def reference(paper, alone, job, world) -> dict:
     return alone[job if paper == "vcgpt" or (paper, job) == ("tden", "tune") else f"{job}, cut {world}"]
 
 
-def only(paper, *these):
-    if paper not in these:
-        pytest.skip(f"of {', '.join(these)}")
+def of(*papers):
+    """For what is not in all of the files."""
+    return pytest.mark.parametrize("paper", papers, indirect=True, scope="module")
 
 
 def test_the_global_batch_is_the_same(paper, alone, several):
@@ -381,9 +381,9 @@ def test_the_log_says_the_same(paper, alone, several):
             assert x == pytest.approx(y, abs=2e-3, rel=1e-4), job
 
 
+@of("soho")
 def test_the_dictionary_is_that_of_one_process(paper, alone, several):
     """SOHO's codes, counts and sums after two steps with it."""
-    only(paper, "soho")
     one = alone[f"pretrain, cut {len(several)}"]["weights"]
     names = [name for name in one if name.startswith("dictionary.")]
     assert len(names) == 4 and one["dictionary.cluster_sum"].sum() > 0
@@ -417,9 +417,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(paper, several):
 # What differs by nature, and how
 
 
+@of(*BY_PIECE)
 def test_mismatched_texts_come_from_the_processs_own_share(paper, several):
     """Negatives are not gathered: each text beside a picture is one of the share's own."""
-    only(paper, *BY_PIECE)
     for told in several:
         texts, used = ({tuple(row) for row in told["pretrain"][name].tolist()} for name in ("texts", "alone"))
         assert used and used <= texts
@@ -427,20 +427,20 @@ def test_mismatched_texts_come_from_the_processs_own_share(paper, several):
     assert not shares[0] <= shares[1], "so the share of another process would be noticed"
 
 
+@of("tden")
 def test_only_ism_depends_on_the_shares(paper, alone, several):
     """TDEN: its negatives and the BatchNorm of its poolers are those of a process; the other losses of a step are not
     touched before the weights are."""
-    only(paper, "tden")
     whole, found = (logged(told["one update"])[0] for told in (alone, several[0]))
     for name in ("mlm", "msg", "moc", "mlm_2", "msg_2", "moc_2"):
         assert whole[name] == pytest.approx(found[name], abs=2e-4), name
     assert abs(whole["ism"] - found["ism"]) > 0.01
 
 
+@of(*BY_PIECE)
 def test_uneven_shares_weigh_as_much_as_others(paper, alone, several):
     """SOHO, ViLTA: a step is the mean over processes of means over shares. With shares alike, and without BatchNorm,
     that is the mean over the batch; with a smaller last share its samples weigh more."""
-    only(paper, *BY_PIECE)
     one, found = alone["tune"], several[0]["tune"]
     far, shares = distances(one, found)[0], [told["tune"]["pieces"][0]["vqa"][0] for told in several]
     assert found["log"][0]["vqa"] == pytest.approx(sum(shares) / len(shares), rel=1e-4)
@@ -448,9 +448,9 @@ def test_uneven_shares_weigh_as_much_as_others(paper, alone, several):
     assert far < CLOSE if is_same else far > 0.01
 
 
+@of(*BY_COUNTS, "vilta")
 def test_pieces_of_any_size_are_one_step(paper, alone):
     """--micro-batch 1 x 8 = 2 x 4 = 3, 3, 2 = the whole, with numbers of words that vary. ViLTA: pieces of one size."""
-    only(paper, *BY_COUNTS, "vilta")
     for job in TASKS if paper == "vcgpt" else ["tune"]:
         whole = alone[f"{job}, micro 0"]
         for n in (1, 2, 3) if paper in BY_COUNTS else (1, 2):
@@ -459,9 +459,9 @@ def test_pieces_of_any_size_are_one_step(paper, alone):
             assert paper == "vcgpt" or len(found["pieces"]) == STEPS * math.ceil(PICTURES / n)
 
 
+@of("tden", *BY_PIECE)
 def test_what_a_masked_word_weighs(paper, alone):
     """SOHO, ViLTA: losses are means over a piece, so a masked word in a piece of few counts more. TDEN: it does not."""
-    only(paper, "tden", *BY_PIECE)
     name, step = {"tden": ("mlm", 0), "soho": ("mlm", 1), "vilta": ("lm", 0)}[paper]
     found = alone["pretrain, micro 2"]
     losses, counts = zip(*[piece[name] for piece in found["pieces"] if name in piece][:4], strict=True)
